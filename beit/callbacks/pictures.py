@@ -1,0 +1,183 @@
+"""Pictures of what a tokenizer and a masked image model see and fill in."""
+
+import contextlib
+import logging
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+from torch import Tensor
+
+from beit.callbacks.figures import picture_grid, save_figure
+from beit.data.batches import MIMBatch, PixelBatch
+from beit.errors import UserError
+from beit.tokenizers.base import to_value_range
+
+log = logging.getLogger(__name__)
+
+GREY = 0.5  # of hidden patches, in [0, 1]
+
+
+class Pictures(L.Callback):
+    """When to draw, where to put it, and how not to disturb the training. Subclasses say what.
+
+    The images are the first of the validation loader, or of the first training batch where nothing
+    is validated; they stay the same for the whole run. Drawn by the first rank alone, into
+    `<folder>/<name>-step<N>.png` and into TensorBoard and W&B where they are among the loggers.
+
+    Args:
+        folder: for the PNG files; made when first needed.
+        num_images: rows of a picture.
+        every_n_epochs: 0 is never. The end of training is always drawn.
+        every_n_steps: optimizer steps; 0 is never.
+    """
+
+    name = "pictures"
+
+    def __init__(
+        self, folder: str, *, num_images: int, every_n_epochs: int = 1, every_n_steps: int = 0
+    ) -> None:
+        self.folder = Path(folder)
+        self.num_images = num_images
+        self.every_n_epochs = every_n_epochs
+        self.every_n_steps = every_n_steps
+        self._sample: Any = None
+        self._drawn_at = -1
+        self._warned = False
+
+    def columns(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Tensor]:
+        """Column title -> images (B, 3, H, W) in [0, 1] of the sample that `self._sample` holds."""
+        raise NotImplementedError
+
+    def on_validation_batch_start(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if batch_idx == 0 and dataloader_idx == 0:
+            self._keep(trainer, batch)
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if not trainer.enable_validation:
+            self._keep(trainer, batch)
+
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        if self.every_n_steps and trainer.global_step % self.every_n_steps == 0:
+            self._draw(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.every_n_epochs and (trainer.current_epoch + 1) % self.every_n_epochs == 0:
+            self._draw(trainer, pl_module)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._draw(trainer, pl_module)
+
+    def _keep(self, trainer: L.Trainer, batch: Any) -> None:
+        if self._sample is None and trainer.is_global_zero:
+            count = self.num_images
+            self._sample = type(batch)(*(part[:count].detach().cpu().clone() for part in batch))
+
+    def _draw(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # with accumulation several batches end at the same step
+        step = trainer.global_step
+        if self._sample is None or not trainer.is_global_zero or step in (0, self._drawn_at):
+            return
+        self._drawn_at = step
+        with undisturbed(pl_module), trainer.precision_plugin.forward_context(), torch.no_grad():
+            columns = self.columns(trainer, pl_module)
+        title = f"epoch {trainer.current_epoch + 1}, step {step}"
+        figure = picture_grid({k: v.float().cpu() for k, v in columns.items()}, title=title)
+        pixels = save_figure(figure, self.folder / f"{self.name}-step{step:07d}.png")
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_image(self.name, pixels, step, dataformats="HWC")
+            elif isinstance(logger, WandbLogger):
+                logger.log_image(self.name, [pixels])
+
+    def _decode(self, tokenizer: Any, token_ids: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Decode each entry; nothing, and one warning, for a tokenizer that can only encode."""
+        try:
+            return {title: tokenizer.decode(ids).float() for title, ids in token_ids.items()}
+        except (UserError, NotImplementedError) as error:
+            if not self._warned:
+                log.warning("no reconstructions in the pictures: %s", error)
+                self._warned = True
+            return {}
+
+
+class ReconstructionPictures(Pictures):
+    """Original, masked input, the tokenizer's own reconstruction, and the model's.
+
+    The model's column decodes its predicted tokens where the input was hidden and the
+    tokenizer's everywhere else. Needs `task.predict_tokens(images, mask) -> (B, h, w)`, and
+    of the data module `tokenizer` and `denormalize(images) -> [0, 1]`.
+    """
+
+    name = "reconstructions"
+
+    def columns(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Tensor]:
+        sample = MIMBatch(*(part.to(pl_module.device) for part in self._sample))
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        originals = data.denormalize(sample.images).clamp(0, 1)
+        predicted = pl_module.predict_tokens(sample.images, sample.mask)
+        filled_in = torch.where(sample.mask, predicted, sample.token_ids)
+        return {
+            "original": originals,
+            "masked input": hide(originals, sample.mask),
+            **self._decode(
+                data.tokenizer,
+                {"tokenizer": sample.token_ids, "model": filled_in},
+            ),
+        }
+
+
+class TokenizerPictures(Pictures):
+    """Original and reconstruction. Needs `task.tokenizer`, the one that is being trained."""
+
+    name = "reconstructions"
+
+    def columns(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Tensor]:
+        images = PixelBatch(*(part.to(pl_module.device) for part in self._sample)).images
+        tokenizer: Any = pl_module.tokenizer
+        token_ids = tokenizer.encode(to_value_range(images, tokenizer.value_range))
+        return {"original": images, **self._decode(tokenizer, {"reconstruction": token_ids})}
+
+
+def hide(images: Tensor, mask: Tensor) -> Tensor:
+    """Images (B, 3, H, W) with the patches where mask (B, h, w) is True painted grey."""
+    scale = (images.shape[-2] // mask.shape[-2], images.shape[-1] // mask.shape[-1])
+    hidden = mask.repeat_interleave(scale[0], dim=1).repeat_interleave(scale[1], dim=2)
+    return images.masked_fill(hidden[:, None], GREY)
+
+
+@contextlib.contextmanager
+def undisturbed(module: torch.nn.Module) -> Iterator[None]:
+    """Evaluation mode within; afterwards every mode and every random generator is as before."""
+    modes = {child: child.training for child in module.modules()}
+    states = random.getstate(), np.random.get_state()
+    module.eval()
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        for child, training in modes.items():
+            child.training = training

@@ -1,0 +1,280 @@
+"""The configuration: its root schema, its resolvers and the checks across fields.
+
+The only file that knows the keys of the config tree. Everything below the door takes plain
+arguments. Hydra refuses an unknown key in a node that a schema describes; the nodes with a
+`_target_` are checked against their constructor when they are built.
+"""
+
+import functools
+import logging
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import hydra.utils
+from hydra.core.config_store import ConfigStore
+from hydra.errors import InstantiationException
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from beit.errors import UserError
+
+log = logging.getLogger(__name__)
+
+PACKAGE_DIR = Path(__file__).resolve().parent
+
+# what a `_target_` may name: a config file must not be able to call whatever it likes
+ALLOWED_TARGETS = ("beit.", "datetime.timedelta", "torch.", "torchvision.", "torchmetrics.", "lightning.", "timm.")
+
+
+def config_dir() -> Path:
+    """Folder of the shipped configs: inside the installed package, or beside it in a checkout."""
+    for candidate in (PACKAGE_DIR / "configs", PACKAGE_DIR.parent / "configs"):
+        if (candidate / "train.yaml").is_file():
+            return candidate
+    raise UserError(
+        f"no configs in {PACKAGE_DIR / 'configs'} nor {PACKAGE_DIR.parent / 'configs'}: "
+        "the installation is incomplete, install beit again"
+    )
+
+
+@dataclass
+class BatchConfig:
+    """Sizes of a batch, in images."""
+
+    global_size: int = MISSING  # images in one optimizer step, over all devices
+    per_device: int = MISSING  # images in one forward pass of one device
+
+
+@dataclass
+class PathsConfig:
+    """Folders. `output_dir` belongs to one run alone."""
+
+    data_dir: str = "data"
+    runs_dir: str = "runs"
+    output_dir: str = "${paths.runs_dir}/${name}"
+
+
+@dataclass
+class TrainConfig:
+    """The root of a training config: a key that is not here is refused."""
+
+    task: Any = MISSING
+    datamodule: Any = MISSING
+    data: Any = MISSING
+    trainer: Any = MISSING
+    task_name: str = MISSING  # one word, set by the task
+    name: str = MISSING  # of the run; its folder under paths.runs_dir
+    seed: int = 0
+    labels_per_class: Any = "all"  # train on this many labelled images of each class
+    resume: str | None = None  # the same run goes on: a checkpoint, or 'auto'
+    init_from: str | None = None  # a new run starts from the weights of this checkpoint
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    loader: Any = MISSING
+    paths: PathsConfig = field(default_factory=PathsConfig)
+    model: Any = None
+    tokenizer: Any = None
+    masking: Any = None
+    views: Any = None
+    normalize: Any = None
+    mixing: Any = None
+    optim: Any = None
+    callbacks: Any = None
+    logger: Any = None
+
+
+def pair(size: Any) -> tuple[int, int]:
+    """An image size given as one number or as [height, width]."""
+    return (int(size), int(size)) if isinstance(size, int) else (int(size[0]), int(size[1]))
+
+
+def patch_grid(image_size: Any, patch_size: int) -> tuple[int, int]:
+    """(h, w) patches of an image; UserError where the patch does not divide it."""
+    height, width = pair(image_size)
+    if height < patch_size or width < patch_size:
+        raise UserError(
+            f"model.image_size={height}x{width} is smaller than model.patch_size={patch_size}: "
+            "enlarge the image or take a smaller patch"
+        )
+    if height % patch_size or width % patch_size:
+        raise UserError(
+            f"model.image_size={height}x{width} does not divide into patches of "
+            f"model.patch_size={patch_size}: choose multiples of {patch_size}, for example "
+            f"{max(1, round(height / patch_size)) * patch_size}x"
+            f"{max(1, round(width / patch_size)) * patch_size}"
+        )
+    return height // patch_size, width // patch_size
+
+
+@functools.lru_cache(maxsize=8)
+def _checkpoint_config(path: str) -> dict[str, Any]:
+    from beit.checkpoint import read_checkpoint
+
+    return read_checkpoint(path).config
+
+
+def _checkpoint_value(path: str, key: str) -> Any:
+    """A value out of the config that a checkpoint carries: `${checkpoint_value:path,a.b}`."""
+    config = OmegaConf.create(_checkpoint_config(path))
+    value = OmegaConf.select(config, key)
+    if value is None:
+        raise UserError(f"{path} is not a tokenizer's checkpoint: its config has no {key!r}")
+    return value
+
+
+def register() -> None:
+    """Make the schema and the resolvers known to Hydra. May be called again."""
+    ConfigStore.instance().store(name="train_schema", node=TrainConfig)
+    resolvers = {
+        "grid": lambda image, patch: list(patch_grid(image, patch)),
+        "token_size": lambda image, patch, stride: [
+            side * stride for side in patch_grid(image, patch)
+        ],
+        "checkpoint_value": _checkpoint_value,
+        "multiply": lambda a, b: a * b,
+    }
+    for name, function in resolvers.items():
+        OmegaConf.register_new_resolver(name, function, replace=True)
+
+
+def compose(overrides: list[str], *, config_name: str = "train") -> DictConfig:
+    """The config that `beit train OVERRIDES` would run, without running it."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+
+    register()
+    with initialize_config_dir(config_dir=str(config_dir()), version_base="1.3"):
+        return hydra_compose(config_name=config_name, overrides=overrides)
+
+
+def plain(cfg: DictConfig) -> dict[str, Any]:
+    """The config as dicts, lists and scalars, every interpolation resolved."""
+    return OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+
+
+def instantiate(node: Any, **extra: Any) -> Any:
+    """Build the object that a node's `_target_` names, once every target in it is allowed.
+
+    Raises UserError where a target is not allowed, does not exist, or refuses its arguments.
+    """
+    _check_targets(node)
+    try:
+        return hydra.utils.instantiate(node, _convert_="all", **extra)
+    except InstantiationException as error:
+        cause = error.__cause__
+        if isinstance(cause, UserError):
+            raise cause from None
+        if isinstance(cause, (TypeError, ImportError)) or cause is None:
+            raise UserError(" ".join(str(error).split())) from error
+        raise cause from error
+
+
+def _check_targets(node: Any) -> None:
+    if OmegaConf.is_list(node):
+        for item in node:
+            _check_targets(item)
+    elif OmegaConf.is_dict(node):
+        target = node.get("_target_")
+        if target is not None and not str(target).startswith(ALLOWED_TARGETS):
+            raise UserError(
+                f"_target_: {target} is not allowed: a config may name only "
+                f"{', '.join(prefix + '*' for prefix in ALLOWED_TARGETS)}"
+            )
+        for key in node:
+            if not OmegaConf.is_missing(node, key):
+                _check_targets(node[key])
+
+
+def accumulation(*, global_size: int, per_device: int, devices: int) -> int:
+    """Micro-batches that one optimizer step accumulates, so that the global batch comes out.
+
+    Raises UserError, with the numbers, where no whole number of them does.
+    """
+    if min(global_size, per_device, devices) < 1:
+        raise UserError(
+            f"batch.global_size={global_size}, batch.per_device={per_device} and {devices} "
+            "devices: each must be at least 1"
+        )
+    at_once = per_device * devices
+    if global_size % at_once == 0:
+        return global_size // at_once
+    if global_size % devices:
+        mend = f"choose a batch.global_size that {devices} divides"
+    else:
+        share = global_size // devices
+        best = max(d for d in range(1, share + 1) if share % d == 0 and d <= per_device)
+        mend = f"batch.per_device={best} would do"
+    raise UserError(
+        f"batch.global_size={global_size} is not a multiple of {devices} devices x "
+        f"batch.per_device={per_device} = {at_once} images at once: {mend}"
+    )
+
+
+def settle_devices(cfg: DictConfig) -> int:
+    """Fix `trainer.devices` to a number and work out the accumulation. Returns the world size."""
+    devices = cfg.trainer.get("devices", 1)
+    if devices in ("auto", -1, "-1"):
+        import torch
+
+        on_gpu = cfg.trainer.get("accelerator") in ("gpu", "cuda", "auto")
+        devices = max(1, torch.cuda.device_count()) if on_gpu else 1
+    if isinstance(devices, str) and devices.isdigit():
+        devices = int(devices)
+    count = devices if isinstance(devices, int) else len(devices)
+    world_size = count * int(cfg.trainer.get("num_nodes", 1))
+    cfg.trainer.devices = devices
+    cfg.trainer.accumulate_grad_batches = accumulation(
+        global_size=cfg.batch.global_size, per_device=cfg.batch.per_device, devices=world_size
+    )
+    return world_size
+
+
+def settle_classes(cfg: DictConfig, found: int) -> None:
+    """Put the number of classes that the data has in place of `data.num_classes: auto`."""
+    if OmegaConf.select(cfg, "data.num_classes") == "auto":
+        if found < 1:
+            raise UserError(
+                "data.num_classes=auto, but the training images carry no labels: a labelled task "
+                "needs class folders, or a list with a label column"
+            )
+        cfg.data.num_classes = found
+
+
+def check(cfg: DictConfig) -> None:
+    """Everything that can be known to be wrong before anything is built."""
+    strangers = sorted(set(cfg) - {entry.name for entry in fields(TrainConfig)})
+    if strangers:
+        raise UserError(f"{strangers[0]} is not a key of a training config: see beit train --help")
+    missing = sorted(OmegaConf.missing_keys(cfg))
+    if missing:
+        raise UserError(f"{missing[0]} has no value: give it, as in {missing[0]}=VALUE")
+    if cfg.resume and cfg.init_from:
+        raise UserError(
+            f"resume={cfg.resume} and init_from={cfg.init_from} exclude each other: resume goes "
+            "on with the same run, init_from starts a new run from those weights"
+        )
+    for key in ("max_epochs", "max_steps"):
+        value = cfg.trainer.get(key)
+        if value is not None and (not isinstance(value, int) or value == 0 or value < -1):
+            raise UserError(f"trainer.{key}={value}: expected a positive whole number")
+    if cfg.model is not None:
+        patch_grid(cfg.model.image_size, cfg.model.patch_size)
+
+
+def from_checkpoint(path: str | Path, overrides: list[str]) -> DictConfig:
+    """The config that a checkpoint carries, changed by KEY=VALUE words; `init_from` is the file.
+
+    Raises UserError for a key that the run's config does not have.
+    """
+    register()
+    cfg = OmegaConf.create(_checkpoint_config(str(path)))
+    OmegaConf.set_struct(cfg, True)
+    cfg.resume, cfg.init_from = None, str(path)
+    for word in overrides:
+        key, _, text = word.partition("=")
+        try:
+            OmegaConf.select(cfg, key, throw_on_missing=True)
+            OmegaConf.update(cfg, key, OmegaConf.create(f"v: {text}").v)
+        except OmegaConfBaseException as error:
+            raise UserError(f"{word}: the run's config has no such key") from error
+    return cfg

@@ -1,0 +1,152 @@
+"""From (epoch, index) to a sample, and from samples to batches."""
+
+import random
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from beit.data.images import UnreadableImage
+from beit.data.randomness import sample_key, sample_rng
+from beit.data.sources import ImageSource
+from beit.data.views import EvalTransform, PixelTransform, TrainTransform, TwoViewTransform
+from beit.errors import UserError
+
+REPLACEMENT_ATTEMPTS = 16
+
+
+class Masking(Protocol):
+    """Draws which patches are hidden."""
+
+    grid: tuple[int, int]
+    target: int
+
+    def __call__(self, rng: random.Random) -> np.ndarray: ...
+
+
+class SampleKey(NamedTuple):
+    """All that the random draws of a sample depend on."""
+
+    seed: int
+    epoch: int
+    index: int
+
+    def rng(self, stream: str) -> random.Random:
+        return sample_rng(self.seed, self.epoch, self.index, stream)
+
+
+# an image, its label and its key -> the tensors of one sample
+MakeSample = Callable[[Image.Image, int | None, SampleKey], tuple[Tensor, ...]]
+
+
+class Sample(NamedTuple):
+    """One sample before collation."""
+
+    tensors: tuple[Tensor, ...]
+    index: int
+    failed: int  # -1, or the unreadable image that this one stands in for
+
+
+class KeyedDataset(Dataset[Sample]):
+    """A source indexed by (epoch, index), with `make_sample` applied to each image.
+
+    An unreadable image is replaced by another, chosen from (seed, index), so that a batch keeps its
+    size and every rank and every resumed run chooses the same. The replacement uses the random
+    draws of the sample it stands in for, which is named in `failed`: whether that is borne
+    (training) or refused (evaluation) is decided where the batch arrives.
+
+    Raises:
+        UserError: the replacements are unreadable too.
+    """
+
+    def __init__(self, source: ImageSource, make_sample: MakeSample, *, seed: int) -> None:
+        self.source = source
+        self.make_sample = make_sample
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, key: tuple[int, int]) -> Sample:
+        epoch, index = key
+        image, label, loaded = self._load(index)
+        tensors = self.make_sample(image, label, SampleKey(self.seed, epoch, index))
+        return Sample(tensors, loaded, -1 if loaded == index else index)
+
+    def _load(self, index: int) -> tuple[Image.Image, int | None, int]:
+        """Image, label and the index they really are of."""
+        candidate = index
+        for attempt in range(REPLACEMENT_ATTEMPTS):
+            try:
+                return *self.source.load(candidate), candidate
+            except UnreadableImage as error:
+                failure = error
+            candidate = sample_key(self.seed, attempt, index, "replacement") % len(self.source)
+        raise UserError(
+            f"unreadable image {failure}; {REPLACEMENT_ATTEMPTS} images tried in its place, "
+            "all unreadable: mend the data set"
+        )
+
+
+class TwoViewSample:
+    """(image, token_image, mask) for pretraining."""
+
+    def __init__(self, views: TwoViewTransform, masking: Masking) -> None:
+        self.views = views
+        self.masking = masking
+
+    def __call__(self, image: Image.Image, label: int | None, key: SampleKey) -> tuple[Tensor, ...]:
+        view, token_view = self.views(image, key.rng("views"))
+        return view, token_view, torch.from_numpy(self.masking(key.rng("mask")))
+
+
+class PixelSample:
+    """(image,) for training a tokenizer."""
+
+    def __init__(self, views: PixelTransform) -> None:
+        self.views = views
+
+    def __call__(self, image: Image.Image, label: int | None, key: SampleKey) -> tuple[Tensor, ...]:
+        return (self.views(image, key.rng("views")),)
+
+
+class TrainLabelledSample:
+    """(image, target) with augmentation."""
+
+    def __init__(self, transform: TrainTransform) -> None:
+        self.transform = transform
+
+    def __call__(self, image: Image.Image, label: int | None, key: SampleKey) -> tuple[Tensor, ...]:
+        return self.transform(image, *key), _target(label)
+
+
+class EvalLabelledSample:
+    """(image, target) without randomness."""
+
+    def __init__(self, transform: EvalTransform) -> None:
+        self.transform = transform
+
+    def __call__(self, image: Image.Image, label: int | None, key: SampleKey) -> tuple[Tensor, ...]:
+        return self.transform(image), _target(label)
+
+
+class Collate:
+    """Samples -> a batch of `batch_type`, whose last two fields are indices and failed."""
+
+    def __init__(self, batch_type: type[Any]) -> None:
+        self.batch_type = batch_type
+
+    def __call__(self, samples: Sequence[Sample]) -> Any:
+        fields = [torch.stack(field) for field in zip(*(s.tensors for s in samples), strict=True)]
+        indices = torch.tensor([sample.index for sample in samples])
+        failed = torch.tensor([sample.failed for sample in samples])
+        return self.batch_type(*fields, indices, failed)
+
+
+def _target(label: int | None) -> Tensor:
+    assert label is not None, "the data module refuses sources without labels"
+    return torch.tensor(label)

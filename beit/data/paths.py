@@ -1,0 +1,58 @@
+"""Finding image files, and holding many paths."""
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from beit.errors import UserError
+
+# extensions taken for images (the released code's, and GIF and AVIF)
+EXTENSIONS = (
+    ".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif", ".avif",
+)  # fmt: skip
+
+
+class PathTable:
+    """Many paths in one block of bytes."""
+
+    def __init__(self, paths: Sequence[str]) -> None:
+        encoded = [os.fsencode(path) for path in paths]
+        self._bytes = b"".join(encoded)
+        self._ends = np.cumsum([len(path) for path in encoded], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __getitem__(self, index: int) -> str:
+        if not 0 <= index < len(self):
+            raise IndexError(f"path {index} of {len(self)}")
+        begin = int(self._ends[index - 1]) if index else 0
+        return os.fsdecode(self._bytes[begin : int(self._ends[index])])
+
+
+def image_files(root: Path, *, recursive: bool = True) -> Iterator[str]:
+    """Paths of the images below root, relative to it, folder by folder in sorted order."""
+    walk = os.walk(root, followlinks=True)
+    for folder, _, names in sorted(walk) if recursive else [next(walk)]:
+        relative = os.path.relpath(folder, root)
+        if any(part.startswith(".") and part != "." for part in relative.split(os.sep)):
+            continue
+        for name in sorted(names):
+            if name.lower().endswith(EXTENSIONS) and not name.startswith("."):
+                yield os.path.normpath(os.path.join(relative, name))
+
+
+def existing_folder(root: str | Path) -> Path:
+    """The folder as a path. Raises UserError if there is none."""
+    path = Path(root).expanduser()
+    if not path.is_dir():
+        kind = "is a file, not a folder" if path.is_file() else "no such folder"
+        raise UserError(f"{path}: {kind}; give the folder that holds the images")
+    return path
+
+
+def known_extensions() -> str:
+    """For messages: jpg jpeg png ..."""
+    return " ".join(extension[1:] for extension in EXTENSIONS)

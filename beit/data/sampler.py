@@ -1,0 +1,102 @@
+"""Which samples a rank sees, and in which order: a function of (seed, epoch) alone."""
+
+from collections.abc import Iterator
+
+import numpy as np
+from torch.utils.data import Sampler
+
+from beit.errors import UserError
+
+
+class GlobalBatchSampler(Sampler[list[tuple[int, int]]]):
+    """Micro-batches of one rank, as lists of (epoch, index).
+
+    The i-th micro-batch of rank r is order[(i * world_size + r) * b : (i * world_size + r + 1) * b]
+    with b = batch_size, so the optimizer steps see the same samples however a global batch of
+    batch_size * world_size * accumulate is spread.
+
+    Training (`drop_last`) leaves out the last incomplete global batch. Evaluation keeps everything:
+    the ranks together see each index once, and a rank's last batch may be short or missing.
+    Without `shuffle` the epoch stays 0: evaluation draws the same crops and masks each time.
+
+    Raises:
+        UserError: `drop_last` and fewer samples than one global batch.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        *,
+        batch_size: int,
+        rank: int,
+        world_size: int,
+        accumulate: int = 1,
+        seed: int,
+        shuffle: bool,
+        drop_last: bool,
+    ) -> None:
+        assert 0 <= rank < world_size and batch_size > 0 and accumulate > 0
+        self.size = size
+        self.batch_size = batch_size
+        self.rank = rank
+        self.world_size = world_size
+        self.accumulate = accumulate
+        self.seed = seed
+        self.shuffle = shuffle
+        self.drop_last = drop_last
+        self.epoch = 0
+        self._start = 0
+        if drop_last:
+            full_steps(size, batch_size, world_size, accumulate)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps in an epoch."""
+        return -(-len(self) // self.accumulate)
+
+    def __len__(self) -> int:
+        """Micro-batches of this rank in a full epoch, also when it begins in the middle."""
+        if self.drop_last:
+            steps = full_steps(self.size, self.batch_size, self.world_size, self.accumulate)
+            return steps * self.accumulate
+        batches = -(-self.size // self.batch_size)
+        return max(0, -(-(batches - self.rank) // self.world_size))
+
+    def set_epoch(self, epoch: int) -> None:
+        """The epoch of the next iterator. Lightning calls this, also after it called iter()."""
+        if self.shuffle and epoch != self.epoch:
+            self.epoch = epoch
+            self._start = 0
+
+    def start(self, micro_batch: int) -> None:
+        """Begin the current epoch at this micro-batch; nothing before it is loaded."""
+        self._start = micro_batch
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        # epoch and start are read here, not at the first next(): set_epoch may come in between
+        return self._batches(self.epoch, self._start)
+
+    def _batches(self, epoch: int, start: int) -> Iterator[list[tuple[int, int]]]:
+        order = epoch_order(self.size, self.seed, epoch) if self.shuffle else np.arange(self.size)
+        for i in range(start, len(self)):
+            begin = (i * self.world_size + self.rank) * self.batch_size
+            indices = order[begin : begin + self.batch_size]
+            yield [(epoch, index) for index in indices.tolist()]
+
+
+def epoch_order(size: int, seed: int, epoch: int) -> np.ndarray:
+    """A permutation of range(size), the same under every version of NumPy (raw 64-bit draws)."""
+    keys = np.random.PCG64(np.random.SeedSequence((seed, epoch))).random_raw(size)
+    return np.argsort(keys, kind="stable")
+
+
+def full_steps(size: int, batch_size: int, world_size: int, accumulate: int) -> int:
+    """Complete global batches in an epoch. Raises UserError if there is none."""
+    global_batch = batch_size * world_size * accumulate
+    if size < global_batch:
+        raise UserError(
+            f"{size} training images are fewer than one global batch of {global_batch} "
+            f"({batch_size} per device x {world_size} devices x {accumulate} accumulated); "
+            f"lower the global batch to at most {size}"
+        )
+    return size // global_batch

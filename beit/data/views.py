@@ -1,0 +1,255 @@
+"""From an RGB image to tensors: the two views of pretraining, a tokenizer's, a classifier's.
+
+Every draw is a function of what is handed in: a `random.Random`, or (seed, epoch, index).
+"""
+
+import random
+from collections.abc import Sequence
+
+import torch
+from PIL import Image
+from timm.data import create_transform
+from timm.data.random_erasing import RandomErasing
+from torch import Tensor
+from torchvision import transforms
+
+from beit.data.pixels import (
+    as_size,
+    by,
+    checked_crop,
+    checked_interpolation,
+    checked_share,
+    cropped,
+    draw_crop,
+    draw_jitter,
+    jittered_crop,
+    resized,
+    to_tensor,
+)
+from beit.data.randomness import keyed_global_rng
+from beit.errors import UserError
+
+
+class TwoViewTransform:
+    """One crop of an image at two sizes: for the encoder, and for the tokenizer.
+
+    Colour jitter on the full image (brightness, contrast and saturation, each by a factor of
+    U(1 - color_jitter, 1 + color_jitter), in random order), mirroring with probability `flip`, one
+    crop box of U(min_scale, max_scale) of the area, and two resizes of the cropped image. The
+    numbers are those of the released code (BEiT section 2.5 and its data transform).
+
+    Normalisation happens later, on the device.
+    """
+
+    def __init__(
+        self,
+        *,
+        image_size: int | tuple[int, int],
+        token_image_size: int | tuple[int, int],
+        min_scale: float = 0.08,
+        max_scale: float = 1.0,
+        min_ratio: float = 3 / 4,
+        max_ratio: float = 4 / 3,
+        color_jitter: float = 0.4,
+        flip: float = 0.5,
+        image_interpolation: str = "bicubic",
+        token_interpolation: str = "lanczos",
+    ) -> None:
+        self.image_size = as_size(image_size)
+        self.token_image_size = as_size(token_image_size)
+        self.scale, self.ratio = checked_crop((min_scale, max_scale), (min_ratio, max_ratio))
+        self.color_jitter = checked_share("color_jitter", color_jitter)
+        self.flip = checked_share("flip", flip)
+        self.image_interpolation = image_interpolation
+        self.token_interpolation = token_interpolation
+        self._resample = checked_interpolation(image_interpolation)
+        self._token_resample = checked_interpolation(token_interpolation)
+
+    def __call__(self, image: Image.Image, rng: random.Random) -> tuple[Tensor, Tensor]:
+        """An RGB image -> uint8 (3, H, W) for the encoder and (3, H', W') for the tokenizer."""
+        jitter = draw_jitter(rng, self.color_jitter)
+        mirrored = rng.random() < self.flip
+        box = draw_crop(rng, image.size, self.scale, self.ratio)
+        crop = jittered_crop(image, jitter, box, mirrored)
+        return (
+            resized(crop, self.image_size, self._resample),
+            resized(crop, self.token_image_size, self._token_resample),
+        )
+
+    def __repr__(self) -> str:
+        return (
+            f"TwoViewTransform(image={by(self.image_size)} {self.image_interpolation}, "
+            f"token_image={by(self.token_image_size)} {self.token_interpolation}, "
+            f"scale={self.scale[0]:.4g}..{self.scale[1]:.4g}, "
+            f"ratio={self.ratio[0]:.4g}..{self.ratio[1]:.4g}, "
+            f"color_jitter={self.color_jitter}, flip={self.flip})"
+        )
+
+
+class PixelTransform:
+    """One crop for training a tokenizer: random resized crop and mirroring.
+
+    No jitter: a tokenizer shall reproduce the colours it will be shown, and these are jittered
+    only mildly (the paper's own tokenizer training is not published in such detail).
+    """
+
+    def __init__(
+        self,
+        *,
+        image_size: int | tuple[int, int],
+        min_scale: float = 0.08,
+        max_scale: float = 1.0,
+        min_ratio: float = 3 / 4,
+        max_ratio: float = 4 / 3,
+        flip: float = 0.5,
+        interpolation: str = "lanczos",
+    ) -> None:
+        self.image_size = as_size(image_size)
+        self.scale, self.ratio = checked_crop((min_scale, max_scale), (min_ratio, max_ratio))
+        self.flip = checked_share("flip", flip)
+        self.interpolation = interpolation
+        self._resample = checked_interpolation(interpolation)
+
+    def __call__(self, image: Image.Image, rng: random.Random) -> Tensor:
+        """An RGB image -> uint8 (3, H, W)."""
+        mirrored = rng.random() < self.flip
+        box = draw_crop(rng, image.size, self.scale, self.ratio)
+        return resized(cropped(image, box, mirrored), self.image_size, self._resample)
+
+    def __repr__(self) -> str:
+        return (
+            f"PixelTransform(image={by(self.image_size)} {self.interpolation}, "
+            f"scale={self.scale[0]:.4g}..{self.scale[1]:.4g}, "
+            f"ratio={self.ratio[0]:.4g}..{self.ratio[1]:.4g}, flip={self.flip})"
+        )
+
+
+class TrainTransform:
+    """The training augmentation of a classifier: timm's recipe, as in BEiT's fine-tuning.
+
+    Random resized crop, mirroring, RandAugment (which switches colour jitter off, timm's
+    convention) or colour jitter, normalisation, random erasing. Up to 32 px the image is padded
+    by `small_crop_padding` pixels and cut at random instead of the resized crop, as in the
+    released code; `min_scale` then has no effect.
+    Defaults: BEiT table 13 and released code.
+    """
+
+    def __init__(
+        self,
+        *,
+        image_size: int | tuple[int, int],
+        mean: Sequence[float],
+        std: Sequence[float],
+        min_scale: float = 0.08,
+        max_scale: float = 1.0,
+        flip: float = 0.5,
+        auto_augment: str | None = "rand-m9-mstd0.5-inc1",
+        color_jitter: float = 0.4,
+        random_erasing: float = 0.25,
+        interpolation: str = "bicubic",
+        small_crop_padding: int = 4,
+    ) -> None:
+        self.image_size = as_size(image_size)
+        scale, _ = checked_crop((min_scale, max_scale), (3 / 4, 4 / 3))
+        checked_interpolation(interpolation)
+        self._steps = create_transform(
+            (3, *self.image_size),
+            is_training=True,
+            scale=scale,
+            hflip=checked_share("flip", flip),
+            color_jitter=color_jitter,
+            auto_augment=auto_augment,
+            interpolation=interpolation,
+            mean=tuple(mean),
+            std=tuple(std),
+            re_prob=checked_share("random_erasing", random_erasing),
+            re_mode="pixel",
+            re_count=1,
+        )
+        if max(self.image_size) <= 32:
+            crop = transforms.RandomCrop(self.image_size, padding=small_crop_padding)
+            self._steps.transforms[0] = transforms.Compose([_ExactSize(self.image_size), crop])
+        for step in self._steps.transforms:
+            if isinstance(step, RandomErasing):
+                step.device = "cpu"
+
+    def __call__(self, image: Image.Image, seed: int, epoch: int, index: int) -> Tensor:
+        """An RGB image -> float (3, H, W), normalised."""
+        with keyed_global_rng(seed, epoch, index, "views"):
+            return self._steps(image)
+
+    def __repr__(self) -> str:
+        steps = ", ".join(_one_line(step) for step in self._steps.transforms)
+        return f"TrainTransform(image={by(self.image_size)}: {steps})"
+
+
+class EvalTransform:
+    """Resize so that size / crop_pct is covered, cut the centre, normalise.
+
+    With crop_pct 1 and at most 32 px a plain resize to the exact size. The released code uses
+    0.875 at 224 px and 1.0 from 384 px (timm's 0.9 is not what BEiT was measured with).
+    """
+
+    def __init__(
+        self,
+        *,
+        image_size: int | tuple[int, int],
+        mean: Sequence[float],
+        std: Sequence[float],
+        crop_pct: float = 0.875,
+        interpolation: str = "bicubic",
+    ) -> None:
+        if not 0.0 < crop_pct <= 1.0:
+            raise UserError(f"crop_pct {crop_pct}: must lie in (0, 1]; 0.875 is usual at 224 px")
+        self.image_size = as_size(image_size)
+        self.crop_pct = crop_pct
+        self.mean, self.std = tuple(mean), tuple(std)
+        self.interpolation = interpolation
+        self._resample = checked_interpolation(interpolation)
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """An RGB image -> float (3, H, W), normalised."""
+        if self.crop_pct == 1.0 and max(self.image_size) <= 32:
+            pixels = resized(image, self.image_size, self._resample)
+        else:
+            pixels = to_tensor(self._centre(image))
+        mean, std = torch.tensor(self.mean), torch.tensor(self.std)
+        return pixels.float().div_(255).sub_(mean[:, None, None]).div_(std[:, None, None])
+
+    def _centre(self, image: Image.Image) -> Image.Image:
+        height, width = self.image_size
+        tall, wide = int(height / self.crop_pct), int(width / self.crop_pct)
+        if tall * image.width >= wide * image.height:  # the height is the tighter side
+            wide = max(wide, int(tall * image.width / image.height))
+        else:
+            tall = max(tall, int(wide * image.height / image.width))
+        if image.size != (wide, tall):
+            image = image.resize((wide, tall), self._resample)
+        top, left = round((tall - height) / 2), round((wide - width) / 2)
+        return image.crop((left, top, left + width, top + height))
+
+    def __repr__(self) -> str:
+        return (
+            f"EvalTransform(image={by(self.image_size)} {self.interpolation}, "
+            f"crop_pct={self.crop_pct}, mean={self.mean}, std={self.std})"
+        )
+
+
+class _ExactSize:
+    """Bicubic resize to (H, W), the aspect given up: small images mostly have that size anyway."""
+
+    def __init__(self, size: tuple[int, int]) -> None:
+        self.size = size
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        height, width = self.size
+        if image.size == (width, height):
+            return image
+        return image.resize((width, height), Image.Resampling.BICUBIC)
+
+    def __repr__(self) -> str:
+        return f"_ExactSize({by(self.size)})"
+
+
+def _one_line(step: object) -> str:
+    return " ".join(repr(step).split())

@@ -1,0 +1,158 @@
+"""The Transformer block: attention with relative bias, MLP, LayerScale, stochastic depth."""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from beit.models.position import (
+    gather_relative_bias,
+    relative_position_index,
+    relative_table_rows,
+)
+
+NORM_EPS = 1e-6
+
+RelativePosition = Literal["none", "shared", "per_block"]
+
+
+class PatchEmbedding(nn.Module):
+    """Images (B,C,H,W) -> patch tokens (B,N,D): a convolution whose stride is its size."""
+
+    def __init__(self, patch_size: int, in_channels: int, width: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(in_channels, width, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.proj(images).flatten(2).transpose(1, 2)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with q and v bias; `table_grid` gives the block its own bias table.
+
+    A bias of k would cancel in the softmax: there is none.
+    """
+
+    relative_position_index: Tensor
+
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        *,
+        table_grid: tuple[int, int] | None,
+        drop_rate: float,
+        attention_drop_rate: float,
+    ) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.scale = (width // num_heads) ** -0.5
+        self.drop_rate = drop_rate
+        self.attention_drop_rate = attention_drop_rate
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.q_bias = nn.Parameter(torch.zeros(width))
+        self.v_bias = nn.Parameter(torch.zeros(width))
+        self.proj = nn.Linear(width, width)
+        self.relative_position_bias_table: nn.Parameter | None = None
+        if table_grid is not None:
+            rows = relative_table_rows(table_grid)
+            self.relative_position_bias_table = nn.Parameter(torch.zeros(rows, num_heads))
+            index = relative_position_index(table_grid)
+            self.register_buffer("relative_position_index", index, persistent=False)
+
+    def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x (B,1+N,D) and the shared bias (heads,1+N,1+N) -> (B,1+N,D)."""
+        batch, tokens, width = x.shape
+        qkv_bias = torch.cat([self.q_bias, torch.zeros_like(self.v_bias), self.v_bias])
+        qkv = F.linear(x, self.qkv.weight, qkv_bias)
+        qkv = qkv.view(batch, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.unbind(0)  # (B, heads, 1+N, head dim)
+        if self.relative_position_bias_table is not None:
+            bias = gather_relative_bias(
+                self.relative_position_bias_table, self.relative_position_index
+            ).to(q.dtype)
+        drop_rate = self.attention_drop_rate if self.training else 0.0
+        if x.device.type == "cpu" and torch.is_grad_enabled():
+            out = explicit_attention(q, k, v, bias, self.scale, drop_rate)
+        else:
+            mask = None if bias is None else bias[None]
+            out = F.scaled_dot_product_attention(q, k, v, mask, drop_rate, scale=self.scale)
+        out = self.proj(out.transpose(1, 2).reshape(batch, tokens, width))
+        return F.dropout(out, self.drop_rate, self.training)
+
+
+def explicit_attention(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, drop_rate: float
+) -> Tensor:
+    """softmax(q kᵀ · scale + bias) v for (B, heads, 1+N, head dim).
+
+    On the CPU the fused kernel is the slower one in training: a bias that needs a gradient sends
+    it down a path of extra passes.
+    """
+    scores = (q * scale) @ k.transpose(-2, -1)
+    if bias is not None:
+        scores += bias  # the product's backward doesn't read its output
+    probabilities = F.dropout(scores.softmax(dim=-1), drop_rate)
+    return probabilities @ v
+
+
+class MLP(nn.Module):
+    """Linear, exact GELU, Linear; dropout after the second only, as in BERT."""
+
+    def __init__(self, width: int, hidden: int, *, drop_rate: float) -> None:
+        super().__init__()
+        self.drop_rate = drop_rate
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(self.fc2(F.gelu(self.fc1(x))), self.drop_rate, self.training)
+
+
+class Block(nn.Module):
+    """Pre-norm block: x + γ₁·attention(LN x), then x + γ₂·MLP(LN x), each branch dropped per sample.
+
+    `layer_scale` 0 leaves γ out.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        *,
+        mlp_ratio: float,
+        table_grid: tuple[int, int] | None,
+        layer_scale: float,
+        drop_rate: float,
+        attention_drop_rate: float,
+        drop_path_rate: float,
+    ) -> None:
+        super().__init__()
+        self.drop_path_rate = drop_path_rate
+        self.norm1 = nn.LayerNorm(width, eps=NORM_EPS)
+        self.attn = Attention(
+            width,
+            num_heads,
+            table_grid=table_grid,
+            drop_rate=drop_rate,
+            attention_drop_rate=attention_drop_rate,
+        )
+        self.norm2 = nn.LayerNorm(width, eps=NORM_EPS)
+        self.mlp = MLP(width, int(width * mlp_ratio), drop_rate=drop_rate)
+        self.gamma_1 = nn.Parameter(torch.full((width,), layer_scale)) if layer_scale else None
+        self.gamma_2 = nn.Parameter(torch.full((width,), layer_scale)) if layer_scale else None
+
+    def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        x = self._add(x, self.attn(self.norm1(x), bias), self.gamma_1)
+        return self._add(x, self.mlp(self.norm2(x)), self.gamma_2)
+
+    def _add(self, x: Tensor, branch: Tensor, gamma: Tensor | None) -> Tensor:
+        """x + drop_path(γ · branch), the two factors of the branch multiplied into one first."""
+        scale = gamma
+        if self.training and self.drop_path_rate > 0:
+            keep = 1 - self.drop_path_rate
+            kept = torch.empty(x.shape[0], 1, 1, device=x.device, dtype=torch.float32)
+            kept = kept.bernoulli_(keep).div_(keep)
+            scale = kept if gamma is None else kept * gamma
+        return x + branch if scale is None else x + branch * scale

@@ -1,0 +1,142 @@
+"""Relative and absolute positions of patches: index, gathering, resizing to another grid."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+NUM_CLS_ROWS = 3  # last rows of a table: CLS -> patch, patch -> CLS, CLS -> CLS
+
+
+def relative_table_rows(grid: tuple[int, int]) -> int:
+    """Rows of the bias table of an (h, w) grid: (2h-1)(2w-1) offsets and three rows of CLS."""
+    height, width = grid
+    return (2 * height - 1) * (2 * width - 1) + NUM_CLS_ROWS
+
+
+def relative_position_index(grid: tuple[int, int]) -> Tensor:
+    """Row of the bias table for each (query, key): int64 (1+N, 1+N), token 0 is CLS.
+
+    Query patch i and key patch j read row (y_i - y_j + h-1)(2w-1) + (x_i - x_j + w-1).
+    """
+    height, width = grid
+    ys = torch.arange(height).repeat_interleave(width)
+    xs = torch.arange(width).repeat(height)
+    dy = ys[:, None] - ys[None, :] + height - 1
+    dx = xs[:, None] - xs[None, :] + width - 1
+    rows = relative_table_rows(grid)
+    index = torch.empty(height * width + 1, height * width + 1, dtype=torch.long)
+    index[1:, 1:] = dy * (2 * width - 1) + dx
+    index[0, :] = rows - 3
+    index[:, 0] = rows - 2
+    index[0, 0] = rows - 1
+    return index
+
+
+def gather_relative_bias(table: Tensor, index: Tensor) -> Tensor:
+    """Table (rows, heads) and index (1+N, 1+N) -> attention bias (heads, 1+N, 1+N)."""
+    num_tokens = index.shape[0]
+    bias = table.t().index_select(1, index.flatten())
+    return bias.view(table.shape[1], num_tokens, num_tokens)
+
+
+class RelativePositionBias(nn.Module):
+    """One bias table for all blocks, as in the pretraining model; zero at the start."""
+
+    relative_position_index: Tensor
+
+    def __init__(self, grid: tuple[int, int], num_heads: int) -> None:
+        super().__init__()
+        rows = relative_table_rows(grid)
+        self.relative_position_bias_table = nn.Parameter(torch.zeros(rows, num_heads))
+        index = relative_position_index(grid)
+        self.register_buffer("relative_position_index", index, persistent=False)
+
+    def forward(self) -> Tensor:
+        """Bias (heads, 1+N, 1+N), added to the attention logits of every block."""
+        return gather_relative_bias(self.relative_position_bias_table, self.relative_position_index)
+
+
+def resize_position_embedding(
+    embedding: Tensor, source: tuple[int, int], target: tuple[int, int]
+) -> Tensor:
+    """Absolute positions (1, 1+N, D) of one grid to another: bicubic, the CLS row kept."""
+    cls_row, patches = embedding[:, :1], embedding[:, 1:]
+    patches = patches.reshape(1, *source, -1).permute(0, 3, 1, 2).float()
+    patches = F.interpolate(patches, size=target, mode="bicubic", align_corners=False)
+    patches = patches.permute(0, 2, 3, 1).flatten(1, 2).to(embedding.dtype)
+    return torch.cat([cls_row, patches], dim=1)
+
+
+def geometric_ratio(source: int, target: int) -> float:
+    """Ratio q in [1.01, 1.5] whose sum 1 + q + ... over source//2 terms is target//2.
+
+    `source` and `target` are table sides (2g - 1). Bisection to 1e-6 as the original does it:
+    1.090307 for a grid of 14 to 24, 1.134918 to 32, 1.168504 to 40.
+    """
+    terms, reach = source // 2, target // 2
+    low, high = 1.01, 1.5
+    while high - low > 1e-6:
+        ratio = (low + high) / 2
+        if (1 - ratio**terms) / (1 - ratio) > reach:
+            high = ratio
+        else:
+            low = ratio
+    return (low + high) / 2
+
+
+def geometric_coordinates(source: int, target: int) -> list[float]:
+    """Where the source offsets lie among the target's: ..., -(1+q), -1, 0, 1, 1+q, ..."""
+    ratio = geometric_ratio(source, target)
+    positive = [sum(ratio**power for power in range(i + 1)) for i in range(source // 2)]
+    return [-x for x in reversed(positive)] + [0.0] + positive
+
+
+def spline_weights(knots: Tensor, points: Tensor) -> Tensor:
+    """Matrix (points, knots) that evaluates the interpolating cubic spline with not-a-knot ends.
+
+    The spline SciPy's interp2d and RectBivariateSpline (kx=ky=3, s=0) build on each axis, in the
+    truncated power basis with knots[2:-2] as interior knots; float64, at least 4 knots. Points
+    outside the knots are clamped to them, as those functions do.
+    """
+    interior = knots[2:-2]
+    scale = knots.abs().max()  # keeps the powers of the basis near 1
+
+    def basis(x: Tensor) -> Tensor:
+        powers = torch.stack([(x / scale) ** k for k in range(4)], dim=1)
+        truncated = ((x[:, None] - interior[None, :]) / scale).clamp(min=0) ** 3
+        return torch.cat([powers, truncated], dim=1)
+
+    points = points.clamp(knots[0].item(), knots[-1].item())
+    return torch.linalg.solve(basis(knots).t(), basis(points).t()).t()
+
+
+def _axis_weights(source: int, target: int) -> Tensor:
+    """Resizing matrix (2*target-1, 2*source-1) of one axis of grids of `source`, `target` patches."""
+    source_side, target_side = 2 * source - 1, 2 * target - 1
+    if source_side == target_side:
+        return torch.eye(source_side, dtype=torch.float64)
+    reach = target_side // 2
+    points = torch.arange(-reach, reach + 1, dtype=torch.float64)
+    if target_side < source_side or source_side < 4:
+        # the geometric stretch only exists upwards and needs four knots for a cubic
+        knots = torch.linspace(-reach, reach, source_side, dtype=torch.float64)
+    else:
+        knots = torch.tensor(geometric_coordinates(source_side, target_side), dtype=torch.float64)
+    return spline_weights(knots, points)
+
+
+def resize_relative_table(
+    table: Tensor, source: tuple[int, int], target: tuple[int, int]
+) -> Tensor:
+    """Bias table (rows, heads) of one grid to another, near offsets one to one, far ones stretched.
+
+    Geometric interpolation of the released code, on each axis by itself, so that grids need not be
+    square; the three CLS rows are kept.
+    """
+    assert table.shape[0] == relative_table_rows(source), (table.shape, source)
+    offsets, cls_rows = table[:-NUM_CLS_ROWS], table[-NUM_CLS_ROWS:]
+    heads = table.shape[1]
+    surface = offsets.double().cpu().view(2 * source[0] - 1, 2 * source[1] - 1, heads)
+    rows, columns = _axis_weights(source[0], target[0]), _axis_weights(source[1], target[1])
+    resized = torch.einsum("ay,bx,yxh->abh", rows, columns, surface)
+    return torch.cat([resized.reshape(-1, heads).to(table), cls_rows])

@@ -1,0 +1,227 @@
+"""The Vision Transformer of BEiT, for pretraining, classification and segmentation alike."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from beit.errors import UserError
+from beit.models.layers import NORM_EPS, Block, PatchEmbedding, RelativePosition
+from beit.models.position import RelativePositionBias
+
+
+class VisionTransformer(nn.Module):
+    """ViT with a mask token, relative position bias and LayerScale; keys of the released weights.
+
+    Args:
+        image_size: pixels, one side or (H, W); each a multiple of `patch_size`.
+        patch_size: pixels on a side of the square patch.
+        width, depth, num_heads: D, number of blocks, attention heads; heads divide D.
+        absolute_position: learned position embedding added to the tokens.
+        relative_position: "shared" one bias table for all blocks (pretraining), "per_block" a
+            table in each (fine-tuning), "none".
+        layer_scale: first value of γ (0.1 base, 1e-5 large); 0 leaves LayerScale out.
+        drop_path_rate: of the last block; rises linearly from 0 in the first.
+        mask_token: whether `forward` takes a mask.
+        final_norm: LayerNorm after the last block; without it the classification head normalises.
+        init_std, init_cut: weights are normal with this deviation, redrawn beyond ±init_cut.
+            Pretraining cuts at ±0.02, one deviation, which leaves 0.0108; fine-tuning at ±2.
+
+    Attributes: `grid` (h, w), `image_size` (H, W), `patch_size`, `width`, `depth`, `num_heads`.
+
+    Raises:
+        UserError: sizes that don't divide, rates outside [0, 1), an unknown `relative_position`.
+    """
+
+    def __init__(
+        self,
+        image_size: int | Sequence[int],
+        patch_size: int,
+        *,
+        in_channels: int = 3,
+        width: int,
+        depth: int,
+        num_heads: int,
+        mlp_ratio: float = 4.0,
+        absolute_position: bool,
+        relative_position: RelativePosition,
+        layer_scale: float,
+        drop_rate: float = 0.0,
+        attention_drop_rate: float = 0.0,
+        drop_path_rate: float,
+        mask_token: bool,
+        final_norm: bool,
+        init_std: float = 0.02,
+        init_cut: float,
+    ) -> None:
+        super().__init__()
+        self.image_size = _height_width(image_size)
+        self.patch_size = patch_size
+        self.grid = patch_grid(self.image_size, patch_size)
+        self.width, self.depth, self.num_heads = width, depth, num_heads
+        self.drop_rate = drop_rate
+        _check_sizes(width, depth, num_heads)
+        _check_rates(drop_rate, attention_drop_rate, drop_path_rate)
+        _check_relative_position(relative_position)
+
+        num_tokens = 1 + math.prod(self.grid)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, width)) if mask_token else None
+        self.pos_embed = (
+            nn.Parameter(torch.zeros(1, num_tokens, width)) if absolute_position else None
+        )
+        self.patch_embed = PatchEmbedding(patch_size, in_channels, width)
+        self.rel_pos_bias = (
+            RelativePositionBias(self.grid, num_heads) if relative_position == "shared" else None
+        )
+        self.blocks = nn.ModuleList(
+            Block(
+                width,
+                num_heads,
+                mlp_ratio=mlp_ratio,
+                table_grid=self.grid if relative_position == "per_block" else None,
+                layer_scale=layer_scale,
+                drop_rate=drop_rate,
+                attention_drop_rate=attention_drop_rate,
+                drop_path_rate=drop_path_rate * i / max(depth - 1, 1),
+            )
+            for i in range(depth)
+        )
+        self.norm = nn.LayerNorm(width, eps=NORM_EPS) if final_norm else nn.Identity()
+        self._initialise(init_std, init_cut)
+
+    def forward(self, images: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Images (B,3,H,W), normalised, and mask (B,h,w) bool -> tokens (B,1+N,D), CLS first.
+
+        True in the mask hides the patch: its embedding is replaced by the mask token.
+
+        Raises:
+            UserError: an image or mask of another size, or a mask for a model without mask token.
+        """
+        x = self._embed(images, mask)
+        bias = self._shared_bias(x)
+        for block in self.blocks:
+            x = block(x, bias)
+        return self.norm(x)
+
+    def forward_blocks(
+        self, images: Tensor, mask: Tensor | None = None, *, taps: Sequence[int]
+    ) -> list[Tensor]:
+        """Outputs (B,1+N,D) of the blocks in `taps`, counted from 0, without the final norm.
+
+        Returned in the order of `taps`; blocks after the last of them are not run.
+
+        Raises:
+            UserError: a tap outside 0 ... depth-1, or what `forward` raises.
+        """
+        if not taps or not all(0 <= tap < self.depth for tap in taps):
+            raise UserError(
+                f"taps {list(taps)} must name blocks 0 to {self.depth - 1}, at least one"
+            )
+        x = self._embed(images, mask)
+        bias = self._shared_bias(x)
+        outputs: dict[int, Tensor] = {}
+        for i, block in enumerate(self.blocks[: max(taps) + 1]):
+            x = block(x, bias)
+            if i in taps:
+                outputs[i] = x
+        return [outputs[tap] for tap in taps]
+
+    def _embed(self, images: Tensor, mask: Tensor | None) -> Tensor:
+        self._check_input(images, mask)
+        patches = self.patch_embed(images)
+        if mask is not None:
+            patches = torch.where(mask.flatten(1)[..., None], self.mask_token, patches)
+        x = torch.cat([self.cls_token.expand(len(patches), -1, -1), patches], dim=1)
+        if self.pos_embed is not None:
+            x = x + self.pos_embed
+        return nn.functional.dropout(x, self.drop_rate, self.training)
+
+    def _shared_bias(self, x: Tensor) -> Tensor | None:
+        """The shared bias (heads,1+N,1+N), gathered and cast once for all blocks."""
+        if self.rel_pos_bias is None:
+            return None
+        device = x.device.type
+        autocast = torch.is_autocast_enabled(device)
+        return self.rel_pos_bias().to(torch.get_autocast_dtype(device) if autocast else x.dtype)
+
+    def _check_input(self, images: Tensor, mask: Tensor | None) -> None:
+        if images.ndim != 4 or tuple(images.shape[2:]) != self.image_size:
+            raise UserError(
+                f"images of shape {tuple(images.shape)}: this model takes (B, C, H, W) with H, W ="
+                f" {self.image_size}; resize the images or build the model with their size"
+            )
+        if mask is None:
+            return
+        if self.mask_token is None:
+            raise UserError(
+                "a mask was given to a model built without mask token; build it with mask_token=True"
+            )
+        if tuple(mask.shape) != (len(images), *self.grid) or mask.dtype != torch.bool:
+            raise UserError(
+                f"mask of shape {tuple(mask.shape)} and type {mask.dtype}: expected bool of shape"
+                f" {(len(images), *self.grid)} (B, h, w)"
+            )
+
+    @torch.no_grad()
+    def _initialise(self, std: float, cut: float) -> None:
+        for parameter in (self.cls_token, self.mask_token, self.pos_embed):
+            if parameter is not None:
+                truncated_normal_(parameter, std, cut)
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                truncated_normal_(module.weight, std, cut)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        # the depth rescale comes last: it divides what the initialisation drew
+        for number, block in enumerate(self.blocks, start=1):
+            block.attn.proj.weight.div_(math.sqrt(2 * number))
+            block.mlp.fc2.weight.div_(math.sqrt(2 * number))
+
+
+def truncated_normal_(tensor: Tensor, std: float, cut: float) -> None:
+    """Fills with normal(0, std) truncated to ±cut, an absolute value and not a multiple of std."""
+    nn.init.trunc_normal_(tensor, std=std, a=-cut, b=cut)
+
+
+def patch_grid(image_size: tuple[int, int], patch_size: int) -> tuple[int, int]:
+    """(h, w) of an image of (H, W) pixels; UserError if a patch doesn't divide it."""
+    height, width = image_size
+    if patch_size < 1 or min(height, width) < patch_size or height % patch_size or width % patch_size:
+        raise UserError(
+            f"image_size {height}x{width} must be a positive multiple of patch_size {patch_size}"
+        )
+    return height // patch_size, width // patch_size
+
+
+def _height_width(image_size: int | Sequence[int]) -> tuple[int, int]:
+    if isinstance(image_size, int):
+        return image_size, image_size
+    if len(image_size) != 2:
+        raise UserError(f"image_size {list(image_size)} must be one number or (height, width)")
+    return int(image_size[0]), int(image_size[1])
+
+
+def _check_sizes(width: int, depth: int, num_heads: int) -> None:
+    if min(width, depth, num_heads) < 1 or width % num_heads:
+        raise UserError(
+            f"width {width}, depth {depth}, num_heads {num_heads}: all must be positive and the"
+            " heads must divide the width"
+        )
+
+
+def _check_rates(drop_rate: float, attention_drop_rate: float, drop_path_rate: float) -> None:
+    rates = {
+        "drop_rate": drop_rate,
+        "attention_drop_rate": attention_drop_rate,
+        "drop_path_rate": drop_path_rate,
+    }
+    for name, rate in rates.items():
+        if not 0 <= rate < 1:
+            raise UserError(f"{name} {rate} must lie in [0, 1)")
+
+
+def _check_relative_position(kind: str) -> None:
+    if kind not in ("none", "shared", "per_block"):
+        raise UserError(f"relative_position {kind!r} must be 'none', 'shared' or 'per_block'")

@@ -1,0 +1,147 @@
+"""From a config to objects, and from objects to a run. Knows no task in particular."""
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities import rank_zero_only
+from omegaconf import DictConfig, OmegaConf
+
+from beit import config, run_folder
+from beit.callbacks.record import ConfigRecord
+from beit.checkpoint import Checkpoint, initialise_backbone, load_part, read_checkpoint
+from beit.console import quiet_lightning, write_log_to
+from beit.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+def fit(cfg: DictConfig) -> dict[str, float]:
+    """Train as the config says. Returns the last logged metrics.
+
+    Raises UserError, before any training, for what cannot be done.
+    """
+    config.check(cfg)
+    world_size = config.settle_devices(cfg)
+    folder = Path(cfg.paths.output_dir)
+    if rank_zero_only.rank == 0:
+        run_folder.claim(folder, resume=cfg.resume)
+    quiet_lightning()
+    torch.set_float32_matmul_precision("high")
+    L.seed_everything(cfg.seed, workers=False, verbose=False)
+    task, data = build(cfg, world_size)
+    settled = config.plain(cfg)
+    trainer = build_trainer(cfg, settled)
+    checkpoint = run_folder.resume_from(folder, cfg.resume)
+    with _run_log(folder, cfg):
+        _announce(cfg, task, world_size)
+        trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+        metrics = {key: float(value) for key, value in trainer.callback_metrics.items()}
+        log.info("run folder: %s", folder)
+    return metrics
+
+
+def build(cfg: DictConfig, world_size: int) -> tuple[L.LightningModule, L.LightningDataModule]:
+    """The task and its data. The data come first: they know how many classes there are."""
+    data = config.instantiate(cfg.datamodule)
+    config.settle_classes(cfg, len(getattr(data, "classes", None) or ()))
+    data.check(world_size=world_size, accumulate=cfg.trainer.accumulate_grad_batches)
+    task = config.instantiate(cfg.task)
+    if cfg.init_from:
+        backbone = getattr(task, "backbone", None)
+        if backbone is None:
+            raise UserError(
+                f"init_from={cfg.init_from}: {type(task).__name__} has no backbone to start from"
+            )
+        report = initialise_backbone(backbone, cfg.init_from)
+        log.info("init_from %s\n%s", cfg.init_from, report)
+    return task, data
+
+
+def build_trainer(cfg: DictConfig, settled: dict[str, Any]) -> L.Trainer:
+    """The trainer with its callbacks and loggers."""
+    callbacks = [config.instantiate(node) for node in (cfg.callbacks or {}).values() if node]
+    loggers = [config.instantiate(node) for node in (cfg.logger or {}).values() if node]
+    return config.instantiate(
+        cfg.trainer,
+        callbacks=[ConfigRecord(settled), *callbacks],
+        logger=loggers or False,
+    )
+
+
+def evaluate(cfg: DictConfig) -> dict[str, float]:
+    """Validate the weights of a checkpoint; `cfg` is that run's config, changed as the user said.
+
+    `cfg.init_from` names the checkpoint. Nothing is written.
+    """
+    world_size = config.settle_devices(cfg)
+    quiet_lightning()
+    L.seed_everything(cfg.seed, workers=False, verbose=False)
+    checkpoint = read_checkpoint(cfg.init_from)
+    data = config.instantiate(cfg.datamodule)
+    data.check(world_size=world_size, accumulate=1, stage="validate")
+    task = config.instantiate(cfg.task)
+    _load_children(task, checkpoint)
+    trainer = config.instantiate(cfg.trainer, logger=False, enable_checkpointing=False)
+    metrics = trainer.validate(task, datamodule=data, verbose=False)
+    return {key: float(value) for key, value in metrics[0].items()}
+
+
+def load_model(path: str | Path) -> torch.nn.Module:
+    """The network of a checkpoint, rebuilt from the file alone, in eval mode on the CPU.
+
+    A whole task (backbone and head) where there is a backbone, else the tokenizer.
+    """
+    checkpoint = read_checkpoint(path)
+    task = instantiate(checkpoint.config["task"])
+    _load_children(task, checkpoint)
+    network = task if hasattr(task, "backbone") else task.tokenizer
+    return network.eval()
+
+
+def instantiate(node: Any) -> Any:
+    """Build an object out of a node of a checkpoint's config; see config.instantiate."""
+    return config.instantiate(OmegaConf.create(node) if isinstance(node, dict) else node)
+
+
+def _load_children(task: L.LightningModule, checkpoint: Checkpoint) -> None:
+    for name, child in task.named_children():
+        if child.state_dict():
+            load_part(child, checkpoint, name)
+
+
+@contextlib.contextmanager
+def _run_log(folder: Path, cfg: DictConfig) -> Iterator[None]:
+    """Config, environment and log file of the run, written by the first rank alone."""
+    if rank_zero_only.rank != 0:
+        yield
+        return
+    OmegaConf.save(OmegaConf.create(config.plain(cfg)), folder / run_folder.CONFIG_FILE)
+    run_folder.write_environment(folder)
+    with write_log_to(folder / "train.log"):
+        yield
+
+
+def _announce(cfg: DictConfig, task: L.LightningModule, world_size: int) -> None:
+    if rank_zero_only.rank != 0:
+        return
+    accumulate = cfg.trainer.accumulate_grad_batches
+    log.info(
+        "%s: %s trainable parameters, precision %s, pid %d",
+        type(task).__name__,
+        f"{sum(p.numel() for p in task.parameters() if p.requires_grad):,}",
+        cfg.trainer.precision,
+        os.getpid(),
+    )
+    log.info(
+        "global batch %d = %d devices x %d images x %d accumulated",
+        cfg.batch.global_size,
+        world_size,
+        cfg.batch.per_device,
+        accumulate,
+    )
