@@ -96,8 +96,10 @@ def _run_member(cfg: Any) -> tuple[int, dict[str, float]]:
     """One run, or one member of a sweep: a mistake in it is reported and the others go on."""
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
+    from omegaconf.errors import OmegaConfBaseException
 
     from beit import runner
+    from beit.explain import explain
 
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         cfg.paths.output_dir = HydraConfig.get().runtime.output_dir
@@ -105,6 +107,8 @@ def _run_member(cfg: Any) -> tuple[int, dict[str, float]]:
         return 0, runner.fit(cfg)
     except UserError as error:
         return _refuse(error), {}
+    except OmegaConfBaseException as error:
+        return _refuse(UserError(explain(error, []))), {}
 
 
 def evaluate(arguments: list[str]) -> int:

@@ -7,6 +7,7 @@ arguments. Hydra refuses an unknown key in a node that a schema describes; the n
 
 import functools
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import hydra.utils
 from hydra.core.config_store import ConfigStore
 from hydra.errors import InstantiationException
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from beit.errors import UserError
@@ -222,10 +223,12 @@ def settle_devices(cfg: DictConfig) -> int:
         devices = int(devices)
     count = devices if isinstance(devices, int) else len(devices)
     world_size = count * int(cfg.trainer.get("num_nodes", 1))
-    cfg.trainer.devices = devices
-    cfg.trainer.accumulate_grad_batches = accumulation(
+    accumulate = accumulation(
         global_size=cfg.batch.global_size, per_device=cfg.batch.per_device, devices=world_size
     )
+    with open_dict(cfg):
+        cfg.trainer.devices = devices
+        cfg.trainer.accumulate_grad_batches = accumulate
     return world_size
 
 
@@ -240,14 +243,22 @@ def settle_classes(cfg: DictConfig, found: int) -> None:
         cfg.data.num_classes = found
 
 
+def _missing_keys(node: Any, prefix: str = "") -> Iterator[str]:
+    """Keys without a value, in order; OmegaConf's own search stumbles over interpolations."""
+    for key in node if OmegaConf.is_dict(node) else ():
+        if OmegaConf.is_missing(node, key):
+            yield f"{prefix}{key}"
+        elif not OmegaConf.is_interpolation(node, key):
+            yield from _missing_keys(node[key], f"{prefix}{key}.")
+
+
 def check(cfg: DictConfig) -> None:
     """Everything that can be known to be wrong before anything is built."""
     strangers = sorted(set(cfg) - {entry.name for entry in fields(TrainConfig)})
     if strangers:
         raise UserError(f"{strangers[0]} is not a key of a training config: see beit train --help")
-    missing = sorted(OmegaConf.missing_keys(cfg))
-    if missing:
-        raise UserError(f"{missing[0]} has no value: give it, as in {missing[0]}=VALUE")
+    for key in _missing_keys(cfg):
+        raise UserError(f"{key} has no value: give it, as in {key}=VALUE")
     if cfg.resume and cfg.init_from:
         raise UserError(
             f"resume={cfg.resume} and init_from={cfg.init_from} exclude each other: resume goes "

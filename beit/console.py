@@ -41,5 +41,9 @@ def quiet_lightning() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     # the number of workers is the config's business
     warnings.filterwarnings("ignore", message=r".*does not have many workers.*")
+    # a small labelled set has short epochs; the recipe chooses how often to log
+    warnings.filterwarnings("ignore", message=r".*smaller than the logging interval.*")
+    # Lightning's own use of a deprecated torch function
+    warnings.filterwarnings("ignore", message=r".*LeafSpec.*is deprecated.*")
     # our sampler finds its place by itself
     warnings.filterwarnings("ignore", message=r".*dataloader is not resumable.*")

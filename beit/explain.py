@@ -11,10 +11,13 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from beit import config
+from beit.errors import UserError
 
 
 def explain(error: Exception, overrides: list[str]) -> str:
     """One line for an error that Hydra or OmegaConf raised while composing `overrides`."""
+    if isinstance(error.__cause__, UserError):  # raised by a resolver of ours
+        return str(error.__cause__)
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         return _missing_choice(error)
     unknown = re.search(r"Could not override '([^'@]+)'", str(error)) or re.search(

@@ -26,8 +26,8 @@ GREY = 0.5  # of hidden patches, in [0, 1]
 class Pictures(L.Callback):
     """When to draw, where to put it, and how not to disturb the training. Subclasses say what.
 
-    The images are the first of the validation loader, or of the first training batch where nothing
-    is validated; they stay the same for the whole run. Drawn by the first rank alone, into
+    The images are the first of the validation loader, and until it is first read those of the first
+    training batch; they stay the same from there on. Drawn by the first rank alone, into
     `<folder>/<name>-step<N>.png` and into TensorBoard and W&B where they are among the loggers.
 
     Args:
@@ -46,7 +46,8 @@ class Pictures(L.Callback):
         self.num_images = num_images
         self.every_n_epochs = every_n_epochs
         self.every_n_steps = every_n_steps
-        self._sample: Any = None
+        self._sample: Any = None  # a batch of num_images, on the CPU
+        self._settled = False  # it came from the validation loader
         self._drawn_at = -1
         self._warned = False
 
@@ -62,13 +63,14 @@ class Pictures(L.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        if batch_idx == 0 and dataloader_idx == 0:
+        if not self._settled and batch_idx == 0 and dataloader_idx == 0:
             self._keep(trainer, batch)
+            self._settled = True
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if not trainer.enable_validation:
+        if self._sample is None:
             self._keep(trainer, batch)
 
     def on_train_batch_end(
@@ -90,7 +92,7 @@ class Pictures(L.Callback):
         self._draw(trainer, pl_module)
 
     def _keep(self, trainer: L.Trainer, batch: Any) -> None:
-        if self._sample is None and trainer.is_global_zero:
+        if trainer.is_global_zero:
             count = self.num_images
             self._sample = type(batch)(*(part[:count].detach().cpu().clone() for part in batch))
 
@@ -134,7 +136,7 @@ class ReconstructionPictures(Pictures):
 
     def columns(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Tensor]:
         sample = MIMBatch(*(part.to(pl_module.device) for part in self._sample))
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        data: Any = trainer.datamodule
         originals = data.denormalize(sample.images).clamp(0, 1)
         predicted = pl_module.predict_tokens(sample.images, sample.mask)
         filled_in = torch.where(sample.mask, predicted, sample.token_ids)

@@ -165,7 +165,7 @@ def _metrics(trainer: L.Trainer) -> list[str]:
 
 
 def _throughput(trainer: L.Trainer) -> Throughput | None:
-    return next((c for c in trainer.callbacks if isinstance(c, Throughput)), None)  # type: ignore[attr-defined]
+    return next((c for c in trainer.callbacks if isinstance(c, Throughput)), None)
 
 
 def _number(value: float) -> str:

@@ -21,7 +21,12 @@ class Tally(NamedTuple):
     wait_seconds: float  # of these, spent in asking the loader for the next batch
 
     def since(self, earlier: "Tally") -> "Tally":
-        return Tally(*(now - then for now, then in zip(self, earlier)))
+        return Tally(
+            self.images - earlier.images,
+            self.steps - earlier.steps,
+            self.seconds - earlier.seconds,
+            self.wait_seconds - earlier.wait_seconds,
+        )
 
     @property
     def images_per_second(self) -> float:

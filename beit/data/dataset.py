@@ -2,7 +2,8 @@
 
 import random
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -28,7 +29,8 @@ class Masking(Protocol):
     def __call__(self, rng: random.Random) -> np.ndarray: ...
 
 
-class SampleKey(NamedTuple):
+@dataclass(frozen=True)
+class SampleKey:
     """All that the random draws of a sample depend on."""
 
     seed: int
@@ -43,7 +45,8 @@ class SampleKey(NamedTuple):
 MakeSample = Callable[[Image.Image, int | None, SampleKey], tuple[Tensor, ...]]
 
 
-class Sample(NamedTuple):
+@dataclass(frozen=True)
+class Sample:
     """One sample before collation."""
 
     tensors: tuple[Tensor, ...]
@@ -121,7 +124,7 @@ class TrainLabelledSample:
         self.transform = transform
 
     def __call__(self, image: Image.Image, label: int | None, key: SampleKey) -> tuple[Tensor, ...]:
-        return self.transform(image, *key), _target(label)
+        return self.transform(image, key.seed, key.epoch, key.index), _target(label)
 
 
 class EvalLabelledSample:

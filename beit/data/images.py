@@ -74,7 +74,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
         levels = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
         return Image.fromarray(((levels + 128) // 257).astype(np.uint8)).convert("RGB")
     if image.mode == "LAB":
-        return ImageCms.applyTransform(image, _lab_to_srgb())
+        converted = ImageCms.applyTransform(image, _lab_to_srgb())
+        assert converted is not None  # None only in place
+        return converted
     if image.mode in ("P", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")  # resolves the palette without Pillow's warning
     return image.convert("RGB")

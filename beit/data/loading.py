@@ -211,7 +211,7 @@ def resume_position(trainer: L.Trainer, micro_batches: int) -> tuple[int, int]:
     counters before it asks for the loader, and tells the sampler its epoch only after it called
     iter(); so this is the one place where both are known.
     """
-    loop = trainer.fit_loop
+    loop: Any = trainer.fit_loop
     limit = trainer.limit_train_batches
     if isinstance(limit, int):
         micro_batches = min(micro_batches, limit)

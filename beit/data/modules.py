@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import lightning as L
-import numpy as np
 import torch
+from timm.data import Mixup
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -20,6 +20,7 @@ from beit.data.dataset import (
     TrainLabelledSample,
     TwoViewSample,
 )
+from beit.data.label_checks import check_classes, check_labels
 from beit.data.loading import Loaders as Loaders
 from beit.data.loading import LoaderSettings as LoaderSettings
 from beit.data.randomness import keyed_global_rng
@@ -90,17 +91,17 @@ class PretrainingData(L.LightningDataModule):
         _check(self.loaders, world_size, accumulate, stage)
 
     def setup(self, stage: str) -> None:
-        _describe(self.trainer, self.loaders, self._described)
+        _describe(_trainer(self), self.loaders, self._described)
 
     def train_dataloader(self) -> DataLoader:
-        return self.loaders.train(self.trainer)
+        return self.loaders.train(_trainer(self))
 
     def val_dataloader(self) -> DataLoader | list[Any]:
-        return self.loaders.val(self.trainer)
+        return self.loaders.val(_trainer(self))
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         # here the batch is still on the CPU: counting costs no synchronisation
-        self.loaders.count_failures(batch.failed, training=self.trainer.training)
+        self.loaders.count_failures(batch.failed, training=_trainer(self).training)
         return batch
 
     def on_after_batch_transfer(self, batch: TwoViewBatch, dataloader_idx: int) -> MIMBatch:
@@ -155,17 +156,16 @@ class ClassificationData(L.LightningDataModule):
         loader: LoaderSettings,
     ) -> None:
         super().__init__()
-        _check_classes(train, val)
+        check_classes(train, val)
         self.classes = train.classes
         count = len(train.classes or ()) if num_classes == "auto" else int(num_classes)
         for source, role in ((train, "training"), (val, "validation")):
             if source is not None:
-                _check_labels(source, role, count)
+                check_labels(source, role, count)
         self.num_classes = count
         self.mixing = mixing or None
-        if hasattr(self.mixing, "num_classes"):
-            # timm's Mixup is built before the data have been counted
-            self.mixing.num_classes = count
+        if isinstance(self.mixing, Mixup):
+            self.mixing.num_classes = count  # it is built before the data have been counted
         self.loaders = _loaders(
             loader,
             LabelledBatch,
@@ -192,25 +192,26 @@ class ClassificationData(L.LightningDataModule):
             )
 
     def setup(self, stage: str) -> None:
-        _describe(self.trainer, self.loaders, self._described)
+        _describe(_trainer(self), self.loaders, self._described)
 
     def train_dataloader(self) -> DataLoader:
-        return self.loaders.train(self.trainer)
+        return self.loaders.train(_trainer(self))
 
     def val_dataloader(self) -> DataLoader | list[Any]:
-        return self.loaders.val(self.trainer)
+        return self.loaders.val(_trainer(self))
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        self.loaders.count_failures(batch.failed, training=self.trainer.training)
+        self.loaders.count_failures(batch.failed, training=_trainer(self).training)
         return batch
 
     def on_after_batch_transfer(self, batch: LabelledBatch, dataloader_idx: int) -> LabelledBatch:
-        if self.mixing is None or not self.trainer.training:
+        trainer = _trainer(self)
+        if self.mixing is None or not trainer.training:
             return batch
-        loop = self.trainer.fit_loop
-        position = loop.epoch_loop.batch_progress.current.ready * self.trainer.world_size
+        loop: Any = trainer.fit_loop
+        position = loop.epoch_loop.batch_progress.current.ready * trainer.world_size
         seed, epoch = self.loaders.settings.seed, loop.epoch_progress.current.processed
-        with keyed_global_rng(seed, epoch, position + self.trainer.global_rank, "mixing"):
+        with keyed_global_rng(seed, epoch, position + trainer.global_rank, "mixing"):
             images, targets = self.mixing(batch.images, batch.targets)
         return batch._replace(images=images, targets=targets)
 
@@ -244,20 +245,25 @@ class TokenizerData(L.LightningDataModule):
         _check(self.loaders, world_size, accumulate, stage)
 
     def setup(self, stage: str) -> None:
-        _describe(self.trainer, self.loaders, self._described)
+        _describe(_trainer(self), self.loaders, self._described)
 
     def train_dataloader(self) -> DataLoader:
-        return self.loaders.train(self.trainer)
+        return self.loaders.train(_trainer(self))
 
     def val_dataloader(self) -> DataLoader | list[Any]:
-        return self.loaders.val(self.trainer)
+        return self.loaders.val(_trainer(self))
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        self.loaders.count_failures(batch.failed, training=self.trainer.training)
+        self.loaders.count_failures(batch.failed, training=_trainer(self).training)
         return batch
 
     def on_after_batch_transfer(self, batch: PixelBatch, dataloader_idx: int) -> PixelBatch:
         return batch._replace(images=batch.images.float().div_(255))
+
+
+def _trainer(data: L.LightningDataModule) -> L.Trainer:
+    assert data.trainer is not None, "Lightning attaches the trainer before it asks for loaders"
+    return data.trainer
 
 
 def _loaders(
@@ -281,31 +287,6 @@ def _check(loaders: Loaders, world_size: int, accumulate: int, stage: str) -> No
     elif loaders.val_data is None:
         raise UserError("there is no validation data to evaluate on; set data.val")
     loaders.check_sources(stage=stage)
-
-
-def _check_classes(train: ImageSource, val: ImageSource | None) -> None:
-    if val is None or train.classes is None or val.classes is None or train.classes == val.classes:
-        return
-    odd = sorted(set(train.classes) ^ set(val.classes)) or ["the order"]
-    raise UserError(
-        f"training has {len(train.classes)} classes and validation {len(val.classes)}, differing "
-        f"in {', '.join(odd[:3])}: the numbers of the labels would mean different things"
-    )
-
-
-def _check_labels(source: ImageSource, role: str, num_classes: int) -> None:
-    if source.labels is None:
-        raise UserError(
-            f"the {role} images have no labels ({source!r}), which classification needs; use class "
-            "folders or a list with labels (images without labels serve pretraining)"
-        )
-    wrong = np.flatnonzero((source.labels < 0) | (source.labels >= num_classes))
-    if len(wrong):
-        index = int(wrong[0])
-        raise UserError(
-            f"{role} label {source.labels[index]} of {source.name(index)} is outside 0 to "
-            f"{num_classes - 1}; set num_classes to at least {int(source.labels.max()) + 1}"
-        )
 
 
 def _describe(trainer: L.Trainer, loaders: Loaders, lines: Sequence[str]) -> None:

@@ -35,7 +35,9 @@ class GlobalBatchSampler(Sampler[list[tuple[int, int]]]):
         shuffle: bool,
         drop_last: bool,
     ) -> None:
-        assert 0 <= rank < world_size and batch_size > 0 and accumulate > 0
+        assert 0 <= rank < world_size
+        assert batch_size > 0
+        assert accumulate > 0
         self.size = size
         self.batch_size = batch_size
         self.rank = rank

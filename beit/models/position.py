@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from beit.errors import UserError
+
 NUM_CLS_ROWS = 3  # last rows of a table: CLS -> patch, patch -> CLS, CLS -> CLS
 
 
@@ -74,14 +76,14 @@ def geometric_ratio(source: int, target: int) -> float:
     1.090307 for a grid of 14 to 24, 1.134918 to 32, 1.168504 to 40.
     """
     terms, reach = source // 2, target // 2
-    low, high = 1.01, 1.5
+    low, high, ratio = 1.01, 1.5, 1.5
     while high - low > 1e-6:
         ratio = (low + high) / 2
         if (1 - ratio**terms) / (1 - ratio) > reach:
             high = ratio
         else:
             low = ratio
-    return (low + high) / 2
+    return ratio
 
 
 def geometric_coordinates(source: int, target: int) -> list[float]:
@@ -111,18 +113,18 @@ def spline_weights(knots: Tensor, points: Tensor) -> Tensor:
 
 
 def _axis_weights(source: int, target: int) -> Tensor:
-    """Resizing matrix (2*target-1, 2*source-1) of one axis of grids of `source`, `target` patches."""
+    """Resizing matrix (2*target-1, 2*source-1) of an axis, from `source` to `target` patches."""
+    if source == target:
+        return torch.eye(2 * source - 1, dtype=torch.float64)
+    if source < 3:
+        raise UserError(
+            f"a bias table of {source} patches on a side is too small for a cubic spline; it takes"
+            " weights of at least 3"
+        )
     source_side, target_side = 2 * source - 1, 2 * target - 1
-    if source_side == target_side:
-        return torch.eye(source_side, dtype=torch.float64)
+    knots = torch.tensor(geometric_coordinates(source_side, target_side), dtype=torch.float64)
     reach = target_side // 2
-    points = torch.arange(-reach, reach + 1, dtype=torch.float64)
-    if target_side < source_side or source_side < 4:
-        # the geometric stretch only exists upwards and needs four knots for a cubic
-        knots = torch.linspace(-reach, reach, source_side, dtype=torch.float64)
-    else:
-        knots = torch.tensor(geometric_coordinates(source_side, target_side), dtype=torch.float64)
-    return spline_weights(knots, points)
+    return spline_weights(knots, torch.arange(-reach, reach + 1, dtype=torch.float64))
 
 
 def resize_relative_table(
@@ -131,7 +133,11 @@ def resize_relative_table(
     """Bias table (rows, heads) of one grid to another, near offsets one to one, far ones stretched.
 
     Geometric interpolation of the released code, on each axis by itself, so that grids need not be
-    square; the three CLS rows are kept.
+    square; the three CLS rows are kept. To a smaller grid the ratio stays at its floor of 1.01 and
+    the far offsets fall away.
+
+    Raises:
+        UserError: a side of fewer than 3 patches that has to change.
     """
     assert table.shape[0] == relative_table_rows(source), (table.shape, source)
     offsets, cls_rows = table[:-NUM_CLS_ROWS], table[-NUM_CLS_ROWS:]

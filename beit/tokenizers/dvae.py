@@ -4,17 +4,15 @@ BEiT (section 2.1) took its visual tokens from DALL-E's discrete VAE; its own re
 cost 0.16 points. No training script was released for either, so the sizes and schedules here are ours.
 """
 
-import math
-import pickle
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Generator, Tensor, nn
-from torch.nn import functional as F
 
+from beit.checkpoint import load_part, read_checkpoint
 from beit.errors import UserError
+from beit.tokenizers.codebook import gumbel_softmax
 
 
 class DVAEOutput(NamedTuple):
@@ -173,114 +171,31 @@ def token_grid(image_size: tuple[int, int], stride: int) -> tuple[int, int]:
     return height // stride, width // stride
 
 
-def gumbel_softmax(
-    logits: Tensor, *, temperature: float, generator: Generator | None = None
-) -> Tensor:
-    """(..., V) -> relaxed one-hot samples (..., V), by Gumbel noise and a softmax."""
-    noise = torch.empty_like(logits).exponential_(generator=generator).log_()  # minus Gumbel
-    return ((logits - noise) / temperature).softmax(dim=-1)
-
-
-def kl_to_uniform(logits: Tensor) -> Tensor:
-    """Mean over positions of KL(softmax(logits) || uniform), in nats: (..., V) -> ()."""
-    log_q = logits.log_softmax(dim=-1)
-    return (log_q.exp() * log_q).sum(dim=-1).mean() + math.log(logits.shape[-1])
-
-
-def mean_distribution(logits: Tensor) -> Tensor:
-    """How much of the batch each code takes: (..., V) -> (V,), sums to one."""
-    return logits.softmax(dim=-1).flatten(0, -2).mean(dim=0)
-
-
-def distribution_kl_to_uniform(probabilities: Tensor) -> Tensor:
-    """KL(p || uniform) in nats: (V,) -> (). Zero when all codes are used equally."""
-    log_p = probabilities.clamp_min(torch.finfo(probabilities.dtype).tiny).log()
-    return (probabilities * log_p).sum() + math.log(probabilities.numel())
-
-
-def count_codes(token_ids: Tensor, vocab_size: int) -> Tensor:
-    """How often each code occurs: any shape of ids -> (V,) int64."""
-    return torch.bincount(token_ids.flatten(), minlength=vocab_size)
-
-
-def used_share(counts: Tensor) -> Tensor:
-    """Share of the codes that occur at all: (V,) -> () in 0..1."""
-    return (counts > 0).float().mean()
-
-
-def perplexity(counts: Tensor) -> Tensor:
-    """exp of the entropy of the code histogram: (V,) -> () from 1 (one code) to V (all equal)."""
-    p = counts.double() / counts.sum().clamp_min(1)
-    return torch.special.entr(p).sum().exp().float()
-
-
-@torch.no_grad()
-def split_codes(
-    tokenizer: DiscreteVAE, dead: Tensor, parents: Tensor, *, noise: float, generator: Generator
-) -> None:
-    """Put each dead code beside a busy one: same encoder row and code vector plus a little noise.
-
-    Parent and child share the parent's probability (log 2 off both biases for a pair), so the split
-    alone changes nothing in expectation; the noise lets the two drift apart.
-
-    Args:
-        dead: (n,) ids of codes to revive.
-        parents: (n,) ids to copy from, repeats allowed, none of them dead.
-        noise: standard deviation, relative to that of the rows copied.
-        generator: on the device of the parameters; the same on all ranks.
-    """
-    family = torch.bincount(parents, minlength=tokenizer.vocab_size) + 1
-    bias = tokenizer.to_logits.bias
-    bias -= family.to(bias.dtype).log()
-    bias[dead] = bias[parents]
-    for table in (tokenizer.to_logits.weight, tokenizer.codebook):
-        rows = table[parents]
-        scale = noise * rows.std()
-        table[dead] = rows + scale * torch.empty_like(rows).normal_(generator=generator)
-
-
-def load_dvae(path: str, *, vocab_size: int) -> DiscreteVAE:
+def load_dvae(path: str, *, vocab_size: int, stride: int) -> DiscreteVAE:
     """Rebuild a trained dVAE from one of our training checkpoints, which says its own sizes.
 
     Args:
         path: a `.ckpt` written by dVAE training.
-        vocab_size: what the rest of the recipe counts on; the checkpoint must agree.
+        vocab_size, stride: what the rest of the recipe counts on; the checkpoint must agree.
 
     Raises:
-        UserError: no such file, not such a checkpoint, or another vocabulary.
+        UserError: no such file, not such a checkpoint, another vocabulary or stride.
     """
-    checkpoint = _read_checkpoint(Path(path))
-    arguments = dict(checkpoint["beit"]["config"]["tokenizer"])
-    arguments.pop("_target_", None)
-    if arguments.get("vocab_size") != vocab_size:
+    checkpoint = read_checkpoint(path)
+    config = checkpoint.config.get("tokenizer")
+    arguments = dict(config) if isinstance(config, dict) else {}
+    target = arguments.pop("_target_", "no tokenizer")
+    if target != f"{DiscreteVAE.__module__}.{DiscreteVAE.__qualname__}":
         raise UserError(
-            f"{path}: holds a tokenizer of {arguments.get('vocab_size')} codes, expected "
-            f"{vocab_size}; set vocab_size to the former or point to another checkpoint"
+            f"{path} is not of dVAE training: its config names {target}; give the checkpoint that "
+            "`beit train task=tokenizer` wrote"
         )
+    for name, wanted in (("vocab_size", vocab_size), ("stride", stride)):
+        if arguments.get(name) != wanted:
+            raise UserError(
+                f"{path}: {name} is {arguments.get(name)}, expected {wanted}; set {name} to the "
+                "former or give another checkpoint"
+            )
     tokenizer = DiscreteVAE(**arguments)
-    prefix = "tokenizer."
-    state = {
-        key.removeprefix(prefix): value
-        for key, value in checkpoint["state_dict"].items()
-        if key.startswith(prefix)
-    }
-    tokenizer.load_state_dict(state)
+    load_part(tokenizer, checkpoint, "tokenizer")
     return tokenizer.eval().requires_grad_(False)
-
-
-def _read_checkpoint(path: Path) -> dict:
-    mend = "give the .ckpt that `beit train` wrote for a dVAE"
-    if not path.is_file():
-        raise UserError(f"tokenizer checkpoint {path}: no such file; {mend}")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise UserError(f"tokenizer checkpoint {path}: not readable as weights; {mend}") from error
-    try:
-        target = checkpoint["beit"]["config"]["tokenizer"]["_target_"]
-        keys = checkpoint["state_dict"].keys()
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"tokenizer checkpoint {path}: lacks our config or weights; {mend}") from error
-    if not target.endswith(".DiscreteVAE") or not any(k.startswith("tokenizer.") for k in keys):
-        raise UserError(f"tokenizer checkpoint {path}: holds {target}, not a dVAE; {mend}")
-    return checkpoint

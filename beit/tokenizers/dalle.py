@@ -1,0 +1,219 @@
+"""The tokenizer BEiT was pretrained with: DALL-E's discrete VAE (Ramesh et al., arXiv 2102.12092).
+
+Rebuilt from its published architecture, with its parameter names; the weights come from files that the
+user gives. 8,192 codes, one for 8x8 pixels.
+"""
+
+import hashlib
+import logging
+import math
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from beit.errors import UserError
+from beit.tokenizers.dvae import token_grid
+from beit.tokenizers.pickles import read_tensors
+
+log = logging.getLogger(__name__)
+
+VOCAB_SIZE = 8192
+NUM_GROUPS = 4
+BLOCKS_PER_GROUP = 2
+ENCODER_KERNELS = (3, 3, 3, 1)
+DECODER_KERNELS = (1, 3, 3, 3)
+ENCODER_WIDTH = 256  # n_hid; the groups have 1, 2, 4 and 8 times as many channels
+DECODER_WIDTH = 256  # the groups have 8, 4, 2 and 1 times as many
+DECODER_INPUT = 128  # n_init
+EPS = 0.1  # of the logit-Laplace distribution: pixels lie in [EPS, 1 - EPS]
+
+
+class Conv2d(nn.Module):
+    """Same-padded convolution with the original's parameter names `w` and `b`."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel: int, *, fp32: bool) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.empty(out_channels, in_channels, kernel, kernel))
+        self.b = nn.Parameter(torch.zeros(out_channels))
+        nn.init.normal_(self.w, std=1 / math.sqrt(in_channels * kernel**2))
+        self.fp32 = fp32  # the encoder's last and the decoder's first are float32 in the original
+
+    def forward(self, x: Tensor) -> Tensor:
+        padding = self.w.shape[-1] // 2
+        if not self.fp32:
+            return F.conv2d(x, self.w, self.b, padding=padding)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.conv2d(x.float(), self.w.float(), self.b.float(), padding=padding)
+
+
+class Block(nn.Module):
+    """Bottleneck residual block without norms, its path scaled down by the depth squared."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernels: Sequence[int]) -> None:
+        super().__init__()
+        hidden = out_channels // 4
+        channels = [in_channels, hidden, hidden, hidden, out_channels]
+        self.id_path: nn.Module = nn.Identity()
+        if in_channels != out_channels:
+            self.id_path = Conv2d(in_channels, out_channels, 1, fp32=False)
+        path: OrderedDict[str, nn.Module] = OrderedDict()
+        for i, kernel in enumerate(kernels, start=1):
+            path[f"relu_{i}"] = nn.ReLU()
+            path[f"conv_{i}"] = Conv2d(channels[i - 1], channels[i], kernel, fp32=False)
+        self.res_path = nn.Sequential(path)
+        self.post_gain = 1 / (NUM_GROUPS * BLOCKS_PER_GROUP) ** 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.id_path(x) + self.post_gain * self.res_path(x)
+
+
+def _group(
+    in_channels: int, out_channels: int, kernels: Sequence[int], resize: nn.Module
+) -> nn.Sequential:
+    blocks: OrderedDict[str, nn.Module] = OrderedDict()
+    for i in range(BLOCKS_PER_GROUP):
+        source = in_channels if i == 0 else out_channels
+        blocks[f"block_{i + 1}"] = Block(source, out_channels, kernels)
+    blocks["resize"] = resize  # without parameters, so that its name shows in no key
+    return nn.Sequential(blocks)
+
+
+def _output(in_channels: int, out_channels: int, *, fp32: bool) -> nn.Sequential:
+    conv = Conv2d(in_channels, out_channels, 1, fp32=fp32)
+    return nn.Sequential(OrderedDict(relu=nn.ReLU(), conv=conv))
+
+
+class DalleEncoder(nn.Module):
+    """(B, 3, H, W) in [0.1, 0.9] -> logits (B, 8192, H/8, W/8). 53,786,240 parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        width = ENCODER_WIDTH
+        groups: OrderedDict[str, nn.Module] = OrderedDict()
+        groups["input"] = Conv2d(3, width, 7, fp32=False)
+        widths = [width, width, 2 * width, 4 * width, 8 * width]
+        for i in range(NUM_GROUPS):
+            last = i == NUM_GROUPS - 1
+            resize = nn.Identity() if last else nn.MaxPool2d(2)
+            groups[f"group_{i + 1}"] = _group(widths[i], widths[i + 1], ENCODER_KERNELS, resize)
+        groups["output"] = _output(widths[-1], VOCAB_SIZE, fp32=True)
+        self.blocks = nn.Sequential(groups)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.blocks(images)
+
+
+class DalleDecoder(nn.Module):
+    """One-hot codes (B, 8192, h, w) -> (B, 6, 8h, 8w). 43,829,766 parameters.
+
+    The first three channels are the logits of the pixels' means, the others log-scales.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        width = DECODER_WIDTH
+        groups: OrderedDict[str, nn.Module] = OrderedDict()
+        groups["input"] = Conv2d(VOCAB_SIZE, DECODER_INPUT, 1, fp32=True)
+        widths = [DECODER_INPUT, 8 * width, 4 * width, 2 * width, width]
+        for i in range(NUM_GROUPS):
+            last = i == NUM_GROUPS - 1
+            resize = nn.Identity() if last else nn.Upsample(scale_factor=2, mode="nearest")
+            groups[f"group_{i + 1}"] = _group(widths[i], widths[i + 1], DECODER_KERNELS, resize)
+        groups["output"] = _output(width, 6, fp32=False)
+        self.blocks = nn.Sequential(groups)
+
+    def forward(self, codes: Tensor) -> Tensor:
+        return self.blocks(codes)
+
+    def forward_ids(self, token_ids: Tensor) -> Tensor:
+        """The same for ids (B, h, w): a row of the first convolution for each, no one-hot."""
+        layers = iter(self.blocks.children())
+        first = next(layers)
+        assert isinstance(first, Conv2d)
+        table = first.w[:, :, 0, 0].t()  # (V, C)
+        x = (F.embedding(token_ids, table) + first.b).permute(0, 3, 1, 2)
+        for layer in layers:
+            x = layer(x)
+        return x
+
+
+class DalleTokenizer(nn.Module):
+    """DALL-E's discrete VAE. `encode` takes [0.1, 0.9], `decode` returns [0, 1].
+
+    Args:
+        encoder_path: weights: tensors only (`.pt`, `.safetensors`), or the original `encoder.pkl`.
+        decoder_path: likewise; None for a tokenizer that only encodes, enough for pretraining.
+
+    Raises:
+        UserError: no such file, a file that holds more than such weights, other shapes.
+    """
+
+    vocab_size = VOCAB_SIZE
+    stride = 8
+    value_range = (EPS, 1 - EPS)
+
+    def __init__(self, encoder_path: str, *, decoder_path: str | None) -> None:
+        super().__init__()
+        self.encoder = DalleEncoder()
+        _load(self.encoder, encoder_path)
+        self.decoder: DalleDecoder | None = None
+        if decoder_path is not None:
+            self.decoder = DalleDecoder()
+            _load(self.decoder, decoder_path)
+
+    def __repr__(self) -> str:
+        low, high = self.value_range
+        return (
+            f"DalleTokenizer(vocab_size={self.vocab_size}, stride={self.stride}, "
+            f"value_range={low:.4g}..{high:.4g}, decoder={self.decoder is not None})"
+        )
+
+    def grid(self, image_size: tuple[int, int]) -> tuple[int, int]:
+        """(H, W) -> (h, w). Raises UserError where the stride does not divide the image."""
+        return token_grid(image_size, self.stride)
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) float in [0.1, 0.9] -> (B, h, w) int64 in [0, 8192): the likeliest code."""
+        self.grid((images.shape[-2], images.shape[-1]))
+        return self.encoder(images).argmax(dim=1)
+
+    @torch.no_grad()
+    def decode(self, token_ids: Tensor) -> Tensor:
+        """(B, h, w) int64 in [0, 8192) -> (B, 3, H, W) float32 in [0, 1]."""
+        if self.decoder is None:
+            raise UserError(
+                "this DALL-E tokenizer has no decoder weights, it can only encode; set "
+                "tokenizer.decoder_path to decoder.pkl or a file of its tensors"
+            )
+        means = self.decoder.forward_ids(token_ids)[:, :3].float().sigmoid()
+        return ((means - EPS) / (1 - 2 * EPS)).clamp(0, 1)
+
+
+def _load(module: nn.Module, path: str) -> None:
+    file = Path(path).expanduser()
+    name = type(module).__name__
+    tensors = read_tensors(file, what=f"{name} weights")
+    expected = module.state_dict()
+    if faults := list(_differences(tensors, expected)):
+        raise UserError(
+            f"{file} does not hold the weights of {name}: {'; '.join(faults[:3])}; give the "
+            "original .pkl or a file of its tensors"
+        )
+    module.load_state_dict(tensors)
+    with file.open("rb") as stream:
+        log.info("%s: %s, sha256 %s", name, file, hashlib.file_digest(stream, "sha256").hexdigest())
+
+
+def _differences(tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> Iterator[str]:
+    for key in sorted(expected.keys() | tensors.keys()):
+        if key not in tensors:
+            yield f"{key} is missing"
+        elif key not in expected:
+            yield f"{key} is not expected"
+        elif tensors[key].shape != expected[key].shape:
+            yield f"{key} is {tuple(tensors[key].shape)}, expected {tuple(expected[key].shape)}"

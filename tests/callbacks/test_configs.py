@@ -1,0 +1,130 @@
+"""Every file of the trainer, logger and callbacks groups builds what it says."""
+
+import inspect
+from pathlib import Path
+
+import lightning as L
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.utils import get_class, instantiate
+from omegaconf import OmegaConf
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+def names(group):
+    return sorted(path.stem for path in (CONFIGS / group).glob("*.yaml"))
+
+
+def build(group, name, tmp_path):
+    """The group's file alone, with the paths that it refers to."""
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        node = compose(config_name=f"{group}/{name}")[group]
+    root = OmegaConf.create({"paths": {"output_dir": str(tmp_path)}, group: node})
+    return OmegaConf.create(OmegaConf.to_container(root, resolve=True))[group]
+
+
+@pytest.mark.parametrize("name", names("trainer"))
+def test_trainer(name, tmp_path):
+    node = build("trainer", name, tmp_path)
+    node.max_epochs = 1
+    arguments = OmegaConf.to_container(node)
+    strategy = arguments["strategy"]
+    assert get_class(arguments.pop("_target_")) is L.Trainer
+    inspect.signature(L.Trainer.__init__).bind(None, **arguments)
+    assert isinstance(arguments["devices"], int)  # the accumulation is worked out from it
+    assert isinstance(arguments["num_nodes"], int)
+    assert arguments["use_distributed_sampler"] is False
+    if strategy != "auto":
+        strategy = instantiate(strategy)
+        assert 60 <= strategy._timeout.total_seconds() <= 3600
+    if arguments["accelerator"] == "cpu":
+        trainer = instantiate(node, logger=False, _convert_="all")
+        assert trainer.num_devices == arguments["devices"]
+
+
+@pytest.mark.parametrize(
+    ("name", "kinds"),
+    [
+        ("csv", ["MetricsFile"]),
+        ("tensorboard", ["TensorBoardLogger"]),
+        ("default", ["MetricsFile", "TensorBoardLogger"]),
+        ("wandb", ["MetricsFile", "WandbLogger"]),
+        ("none", []),
+    ],
+)
+def test_logger(name, kinds, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    loggers = [instantiate(node) for node in build("logger", name, tmp_path).values()]
+    assert [type(logger).__name__ for logger in loggers] == kinds
+    assert len(names("logger")) == 5
+
+
+@pytest.mark.parametrize("name", names("callbacks"))
+def test_callbacks(name, tmp_path):
+    nodes = build("callbacks", name, tmp_path)
+    callbacks = [instantiate(node) for node in nodes.values()]
+    assert all(isinstance(callback, L.Callback) for callback in callbacks)
+    if name not in ("none", "default") and len(nodes) == 1:
+        assert list(nodes) == [name]  # a file is named for its one callback
+
+
+def test_where_the_default_loggers_write(tmp_path, fit):
+    nodes = build("logger", "default", tmp_path / "run")
+    fit(callbacks=[], logger=[instantiate(node) for node in nodes.values()])
+    assert (tmp_path / "run" / "metrics.csv").is_file()
+    assert len(list((tmp_path / "run" / "tensorboard").glob("events.out.tfevents.*"))) == 1
+
+
+def test_checkpoints_and_resume(tmp_path, fit, kit):
+    """Newest and best are kept; a resumed run ends where an uninterrupted one does."""
+
+    def nodes(folder):
+        both = {
+            **build("callbacks", "last_checkpoint", folder),
+            **build("callbacks", "best_checkpoint", folder),
+        }
+        both["best_checkpoint"].update(monitor="val/loss", mode="min")
+        return [instantiate(node) for node in both.values()]
+
+    def csv(folder):
+        return [instantiate(node) for node in build("logger", "csv", folder).values()]
+
+    class NoDropout(kit.Task):
+        def __init__(self):
+            super().__init__()
+            self.dropout.p = 0.0
+
+    whole, _ = fit(task=NoDropout(), callbacks=nodes(tmp_path / "a"), max_epochs=3)
+    fit(
+        task=NoDropout(),
+        callbacks=nodes(tmp_path / "b"),
+        logger=csv(tmp_path / "b"),
+        max_epochs=1,
+    )
+    folder = tmp_path / "b" / "checkpoints"
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "best.ckpt",
+        "epoch0000-step0000004.ckpt",
+        "last.ckpt",
+    ]
+    resumed, _ = fit(
+        task=NoDropout(),
+        callbacks=nodes(tmp_path / "b"),
+        logger=csv(tmp_path / "b"),
+        max_epochs=3,
+        resume=folder / "last.ckpt",
+    )
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "best.ckpt",
+        "epoch0002-step0000012.ckpt",
+        "last.ckpt",
+    ]
+    assert (folder / "last.ckpt").resolve().name == "epoch0002-step0000012.ckpt"
+    assert whole.net.weight.equal(resumed.net.weight)
+    lines = (tmp_path / "b" / "metrics.csv").read_text().splitlines()
+    assert [line.split(",")[0] for line in lines[1:]] == [
+        *("0", "1", "2", "3", "3"),  # four steps and a validation
+        *("4", "5", "6", "7", "7"),
+        *("8", "9", "10", "11", "11"),
+    ]

@@ -1,0 +1,85 @@
+"""The checks across fields, and the arithmetic of the global batch."""
+
+import pytest
+from omegaconf import OmegaConf
+
+from beit import config
+from beit.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("global_size", "per_device", "devices", "expected"),
+    [(2048, 128, 16, 1), (2048, 128, 8, 2), (2048, 64, 1, 32), (7, 7, 1, 1)],
+)
+def test_accumulation_makes_up_the_global_batch(
+    global_size: int, per_device: int, devices: int, expected: int
+) -> None:
+    found = config.accumulation(global_size=global_size, per_device=per_device, devices=devices)
+    assert found == expected
+    assert found * per_device * devices == global_size
+
+
+@pytest.mark.parametrize(
+    ("global_size", "per_device", "devices", "words"),
+    [
+        (2048, 96, 8, ["2048", "96", "8", "batch.per_device=64"]),
+        (100, 10, 3, ["100", "3", "batch.global_size"]),
+        (64, 128, 2, ["batch.per_device=32"]),
+        (0, 1, 1, ["at least 1"]),
+    ],
+)
+def test_an_impossible_batch_is_refused_with_its_numbers(
+    global_size: int, per_device: int, devices: int, words: list[str]
+) -> None:
+    with pytest.raises(UserError) as caught:
+        config.accumulation(global_size=global_size, per_device=per_device, devices=devices)
+    assert all(word in str(caught.value) for word in words)
+
+
+def test_grid_of_rectangular_images_is_rows_by_columns() -> None:
+    assert config.patch_grid([24, 40], 8) == (3, 5)
+
+
+@pytest.mark.parametrize(
+    ("size", "patch", "words"),
+    [(30, 8, "does not divide"), ([24, 41], 8, "24x40"), (4, 8, "smaller than")],
+)
+def test_a_grid_that_does_not_divide_is_refused(size: object, patch: int, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        config.patch_grid(size, patch)
+
+
+@pytest.mark.parametrize(
+    "target", ["os.system", "subprocess.run", "builtins.open", "beitx.y", "torchx.z"]
+)
+def test_a_config_cannot_name_any_function_it_likes(target: str) -> None:
+    node = OmegaConf.create({"a": [{"b": {"_target_": target, "_args_": ["true"]}}]})
+    with pytest.raises(UserError, match="not allowed"):
+        config.instantiate(node)
+
+
+def test_a_wrong_argument_names_the_class() -> None:
+    node = {"_target_": "beit.models.heads.MIMHead", "width": 22, "vocab": 13}
+    with pytest.raises(UserError, match=r"MIMHead.*vocab"):
+        config.instantiate(OmegaConf.create(node))
+
+
+DEMO = ["task=classification", "data=digits", "model=micro", "name=x", "trainer.max_epochs=1"]
+SIZES = ["batch.global_size=8", "batch.per_device=8"]
+
+
+def test_what_has_no_value_is_named() -> None:
+    with pytest.raises(UserError, match=r"batch\.global_size has no value"):
+        config.check(config.compose(DEMO))
+
+
+def test_resume_and_init_from_exclude_each_other() -> None:
+    cfg = config.compose([*DEMO, *SIZES, "resume=auto", "init_from=a.ckpt"])
+    with pytest.raises(UserError, match="exclude each other"):
+        config.check(cfg)
+
+
+def test_the_resolved_config_is_plain_data() -> None:
+    settled = config.plain(config.compose([*DEMO, *SIZES]))
+    assert settled["task"]["backbone"]["width"] == settled["model"]["width"] == 192
+    assert settled["loader"]["global_batch_size"] == 8
