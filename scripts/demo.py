@@ -57,7 +57,7 @@ def _table(results: dict[str, tuple[dict[str, float], float]]) -> Table:
     for column in ("stage", "measure", "value", "seconds"):
         table.add_column(column, justify="left" if column in ("stage", "measure") else "right")
     rows = [
-        ("tokenizer", "codes used", "val/codes_used", "{:.0%}"),
+        ("tokenizer", "codes used", "val/used_share", "{:.0%}"),
         ("pretrain", "hidden tokens predicted", "val/mim_acc", "{:.1%}"),
         ("pretrain", "  always the commonest", "val/commonest_token_acc", "{:.1%}"),
         ("finetune", "accuracy, pretrained", "val/acc1", "{:.1%}"),

@@ -91,7 +91,7 @@ class Progress(L.Callback):
         parts = [f"trained {trainer.global_step} steps", _clock(self.clock() - self._began)]
         throughput = _throughput(trainer)
         if throughput and throughput.tally.seconds:
-            parts.append(f"{throughput.tally.images_per_second:.4g} images/s")
+            parts.append(_rate(throughput.tally))
             parts.append(f"data-wait {throughput.tally.data_wait_share:.1%}")
         parts.append(f"peak memory {peak_memory_mib(trainer.strategy.root_device):,.0f} MiB")
         log.info("%s", "  ".join(parts))
@@ -107,7 +107,7 @@ class Progress(L.Callback):
         if throughput:
             recent = throughput.tally.since(self._shown_tally)
             self._shown_tally = throughput.tally
-            parts.append(f"{recent.images_per_second:.4g} images/s")
+            parts.append(_rate(recent))
             parts.append(f"data-wait {recent.data_wait_share:.1%}")
         left = self._seconds_left(trainer, batch_idx)
         if left is not None:
@@ -166,6 +166,11 @@ def _metrics(trainer: L.Trainer) -> list[str]:
 
 def _throughput(trainer: L.Trainer) -> Throughput | None:
     return next((c for c in trainer.callbacks if isinstance(c, Throughput)), None)
+
+
+def _rate(tally: Tally) -> str:
+    rate = tally.images_per_second
+    return f"{rate:.0f} images/s" if rate >= 100 else f"{rate:.3g} images/s"
 
 
 def _number(value: float) -> str:

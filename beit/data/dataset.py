@@ -82,15 +82,15 @@ class KeyedDataset(Dataset[Sample]):
 
     def _load(self, index: int) -> tuple[Image.Image, int | None, int]:
         """Image, label and the index they really are of."""
-        candidate = index
+        candidate, failures = index, []
         for attempt in range(REPLACEMENT_ATTEMPTS):
             try:
                 return *self.source.load(candidate), candidate
             except UnreadableImage as error:
-                failure = error
+                failures.append(error)
             candidate = sample_key(self.seed, attempt, index, "replacement") % len(self.source)
         raise UserError(
-            f"unreadable image {failure}; {REPLACEMENT_ATTEMPTS} images tried in its place, "
+            f"unreadable image {failures[0]}; {REPLACEMENT_ATTEMPTS} images tried in its place, "
             "all unreadable: mend the data set"
         )
 

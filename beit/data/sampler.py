@@ -88,8 +88,8 @@ class GlobalBatchSampler(Sampler[list[tuple[int, int]]]):
 
 def epoch_order(size: int, seed: int, epoch: int) -> np.ndarray:
     """A permutation of range(size), the same under every version of NumPy (raw 64-bit draws)."""
-    keys = np.random.PCG64(np.random.SeedSequence((seed, epoch))).random_raw(size)
-    return np.argsort(keys, kind="stable")
+    # not Generator.permutation, whose stream NumPy may change
+    return np.argsort(np.random.PCG64(np.random.SeedSequence((seed, epoch))).random_raw(size))
 
 
 def full_steps(size: int, batch_size: int, world_size: int, accumulate: int) -> int:

@@ -61,7 +61,7 @@ class ClassFolder:
         if not self.classes:
             raise UserError(
                 f"{self.root}: no class folders; expected root/CLASS/IMAGE "
-                "(for images without classes use data=flat_folder)"
+                "(for images without classes use data=unlabelled)"
             )
         files: list[str] = []
         counts = []
@@ -235,9 +235,13 @@ class Subset:
         return f"Subset({len(self)} images of {self.source!r})"
 
 
-def few_labels(source: ImageSource, *, per_class: int, seed: int) -> ImageSource:
-    """The same `per_class` images of each class for the same seed; 0 takes the whole source."""
-    return Subset(source, per_class=per_class, seed=seed) if per_class else source
+def few_labels(source: ImageSource, *, per_class: int | str, seed: int) -> ImageSource:
+    """The same `per_class` images of each class for the same seed, or "all" there are."""
+    if per_class == "all":
+        return source
+    if not isinstance(per_class, int) or per_class < 1:
+        raise UserError(f"labels_per_class {per_class}: expected a number above 0, or all")
+    return Subset(source, per_class=per_class, seed=seed)
 
 
 def find_images(path: str | Path) -> list[Path]:

@@ -22,6 +22,7 @@ from beit.tokenizers.pickles import read_tensors
 log = logging.getLogger(__name__)
 
 VOCAB_SIZE = 8192
+STRIDE = 8  # three poolings
 NUM_GROUPS = 4
 BLOCKS_PER_GROUP = 2
 ENCODER_KERNELS = (3, 3, 3, 1)
@@ -147,17 +148,30 @@ class DalleTokenizer(nn.Module):
     Args:
         encoder_path: weights: tensors only (`.pt`, `.safetensors`), or the original `encoder.pkl`.
         decoder_path: likewise; None for a tokenizer that only encodes, enough for pretraining.
+        vocab_size, stride: 8192 and 8, nothing else; for the rest of a config to refer to.
 
     Raises:
         UserError: no such file, a file that holds more than such weights, other shapes.
     """
 
-    vocab_size = VOCAB_SIZE
-    stride = 8
     value_range = (EPS, 1 - EPS)
 
-    def __init__(self, encoder_path: str, *, decoder_path: str | None) -> None:
+    def __init__(
+        self,
+        encoder_path: str,
+        *,
+        decoder_path: str | None,
+        vocab_size: int = VOCAB_SIZE,
+        stride: int = STRIDE,
+    ) -> None:
         super().__init__()
+        if (vocab_size, stride) != (VOCAB_SIZE, STRIDE):
+            raise UserError(
+                f"vocab_size {vocab_size}, stride {stride}: DALL-E's tokenizer has {VOCAB_SIZE} and "
+                f"{STRIDE}, and no others; leave them out"
+            )
+        self.vocab_size = vocab_size
+        self.stride = stride
         self.encoder = DalleEncoder()
         _load(self.encoder, encoder_path)
         self.decoder: DalleDecoder | None = None
@@ -205,8 +219,15 @@ def _load(module: nn.Module, path: str) -> None:
             "original .pkl or a file of its tensors"
         )
     module.load_state_dict(tensors)
+    log.info("%s: %s, sha256 %s", name, file, _sha256(file))
+
+
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
     with file.open("rb") as stream:
-        log.info("%s: %s, sha256 %s", name, file, hashlib.file_digest(stream, "sha256").hexdigest())
+        while chunk := stream.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _differences(tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> Iterator[str]:

@@ -46,7 +46,7 @@ class DiscreteVAE(nn.Module):
     blocks stand: most of the work is done on few positions.
 
     Args:
-        image_size: H and W of the images it is trained on; being convolutional, it takes others too.
+        image_size: [H, W] it is trained on, or a number for both; being convolutional, it takes others.
         stride: pixels a token covers, a power of two: 4 gives 8x8 tokens at 32 px, 8 gives 14x14 at 112.
         vocab_size: V.
         codebook_dim: width of a code.
@@ -59,7 +59,7 @@ class DiscreteVAE(nn.Module):
     def __init__(
         self,
         *,
-        image_size: Sequence[int],
+        image_size: int | Sequence[int],
         stride: int,
         vocab_size: int,
         codebook_dim: int,
@@ -77,6 +77,8 @@ class DiscreteVAE(nn.Module):
                 f"hidden_dim {hidden_dim}: expected a multiple of {1 << levels}, because channels "
                 f"halve at each of the {levels} steps of stride {stride}"
             )
+        if isinstance(image_size, int):
+            image_size = (image_size, image_size)
         if len(image_size) != 2:
             raise UserError(f"image_size {list(image_size)}: expected [height, width]")
         self.image_size = (int(image_size[0]), int(image_size[1]))

@@ -1,16 +1,17 @@
 """Tensors out of weight files, the original DALL-E pickles among them, without running their code.
 
 `encoder.pkl` and `decoder.pkl` are whole module objects: plain unpickling would import `dall_e` and run
-whatever a file names. Here torch's weights-only unpickler reads them. It refuses every class and
-function but tensors and plain containers, and the few classes below, which it gets as inert stand-ins.
+whatever a file names. Here torch's weights-only unpickler reads the zip format. It refuses every class
+and function but tensors, plain containers and the few classes below, which are given inert stand-ins.
+The older format goes to `LegacyUnpickler`, as strict: torch's own does not read modules from it.
 """
 
+import math
 import pickle
-import warnings
-import zipfile
+from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError
@@ -36,8 +37,6 @@ ADMITTED_CLASSES = (
 
 class InertModule:
     """Stands for a pickled module: keeps its parameters and children, does nothing."""
-
-    dump_patches = False  # torch asks for it where a file carries source code
 
     def __init__(self) -> None:
         # only a hostile file calls a class instead of rebuilding an object; harmless all the same
@@ -87,12 +86,11 @@ def read_tensors(path: str | Path, *, what: str) -> dict[str, Tensor]:
 
 
 def _read_inert(path: Path, what: str) -> Any:
-    stand_ins: list[Any] = [(InertModule, name) for name in ADMITTED_CLASSES]
     try:
-        # a legacy file carries the source of its classes, which torch compares with ours
-        with torch.serialization.safe_globals(stand_ins), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", weights_only=True)
+        with path.open("rb") as stream:
+            zipped = stream.read(4) == b"PK\x03\x04"
+            stream.seek(0)
+            return _read_zipped(path) if zipped else _read_legacy(stream)
     except pickle.UnpicklingError as error:
         reason = _reason(error)
         raise UserError(
@@ -109,13 +107,87 @@ def _read_inert(path: Path, what: str) -> Any:
         AttributeError,
         AssertionError,
         RecursionError,
+        MemoryError,
         OSError,
-        zipfile.BadZipFile,
     ) as error:
         # an unpickler fed with garbage fails in many ways, none of which runs anything
         raise UserError(
             f"{what}: {path} is damaged or not a file of weights ({_reason(error)}); get it again"
         ) from error
+
+
+def _read_zipped(path: Path) -> Any:
+    stand_ins: list[Any] = [(InertModule, name) for name in ADMITTED_CLASSES]
+    with torch.serialization.safe_globals(stand_ins):
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+class LegacyUnpickler(pickle.Unpickler):
+    """Reads the one object of a `torch.save` file from before the zip format (torch 1.6).
+
+    Tensors come out as views of zeros: the values follow the object in the file.
+    """
+
+    def __init__(self, stream: BinaryIO, *, max_values: int) -> None:
+        super().__init__(stream)
+        self.max_values = max_values
+        self.storages: dict[str, Tensor] = {}
+
+    def find_class(self, module: str, name: str) -> Any:
+        full_name = f"{module}.{name}"
+        if full_name in ADMITTED_CLASSES:
+            return InertModule
+        if full_name in LEGACY_GLOBALS:
+            return LEGACY_GLOBALS[full_name]
+        raise pickle.UnpicklingError(f"Unsupported global: GLOBAL {full_name}")
+
+    def persistent_load(self, pid: Any) -> Any:
+        if pid[0] == "module":  # with the source code of the class, which nobody needs
+            return pid[1]
+        kind, dtype, key, _, size, view = pid
+        if kind != "storage" or not isinstance(dtype, torch.dtype) or view is not None:
+            raise pickle.UnpicklingError(f"Unsupported persistent id {kind}")
+        if not 0 <= size <= self.max_values:
+            raise pickle.UnpicklingError(f"a storage of {size} values in a smaller file")
+        return self.storages.setdefault(key, torch.zeros(size, dtype=dtype))
+
+
+def _rebuild_tensor(storage: Tensor, offset: int, size: Any, stride: Any, *unused: Any) -> Tensor:
+    values = storage[offset : offset + math.prod(size)].view(size)
+    if values.stride() != tuple(stride):
+        raise pickle.UnpicklingError("a tensor that is not contiguous")
+    return values
+
+
+LEGACY_GLOBALS: dict[str, Any] = {
+    "collections.OrderedDict": OrderedDict,
+    "__builtin__.set": set,
+    "torch.device": lambda *name: None,
+    "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
+    "torch._utils._rebuild_parameter": lambda data, *unused: data,
+    "torch.FloatStorage": torch.float32,
+    "torch.HalfStorage": torch.float16,
+}
+
+
+def _read_legacy(stream: BinaryIO) -> Any:
+    """torch.save's old layout: magic number, version, machine, object, storage keys, raw values."""
+    size = stream.seek(0, 2)
+    stream.seek(0)
+    header = [LegacyUnpickler(stream, max_values=0).load() for _ in range(3)]
+    if header[0] != torch.serialization.MAGIC_NUMBER or not header[2].get("little_endian"):
+        raise pickle.UnpicklingError("neither a zip file nor torch's older format")
+    unpickler = LegacyUnpickler(stream, max_values=size)
+    content = unpickler.load()
+    for key in LegacyUnpickler(stream, max_values=0).load():
+        storage = unpickler.storages[key]
+        count = int.from_bytes(stream.read(8), "little")
+        data = bytearray(stream.read(storage.element_size() * storage.numel()))
+        if count != storage.numel() or len(data) != storage.element_size() * count:
+            raise pickle.UnpicklingError(f"the values of storage {key} are cut short")
+        if count:
+            storage.copy_(torch.frombuffer(data, dtype=storage.dtype))
+    return content
 
 
 def _reason(error: BaseException) -> str:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import lightning as L
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import get_class, instantiate
 from omegaconf import OmegaConf
@@ -92,8 +93,12 @@ def test_checkpoints_and_resume(tmp_path, fit, kit):
 
     class NoDropout(kit.Task):
         def __init__(self):
+            torch.manual_seed(1)
             super().__init__()
             self.dropout.p = 0.0
+
+        def validation_step(self, batch, batch_idx):
+            self.log("val/loss", 1.5 / (self.current_epoch + 1), batch_size=7)
 
     whole, _ = fit(task=NoDropout(), callbacks=nodes(tmp_path / "a"), max_epochs=3)
     fit(
@@ -121,6 +126,10 @@ def test_checkpoints_and_resume(tmp_path, fit, kit):
         "last.ckpt",
     ]
     assert (folder / "last.ckpt").resolve().name == "epoch0002-step0000012.ckpt"
+    # the score of the best, as of the newest epoch, went into last.ckpt
+    states = torch.load(folder / "last.ckpt", weights_only=True)["callbacks"]
+    best = next(s for key, s in states.items() if "val/loss" in key)
+    assert best["best_model_score"] == 1.5 / 3
     assert whole.net.weight.equal(resumed.net.weight)
     lines = (tmp_path / "b" / "metrics.csv").read_text().splitlines()
     assert [line.split(",")[0] for line in lines[1:]] == [

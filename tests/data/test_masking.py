@@ -77,7 +77,7 @@ def test_target_is_75_of_196_and_scales_to_other_grids():
 def test_no_mask_is_empty_or_over_the_target(grid):
     masking, rng = BlockwiseMasking(grid, mask_ratio=0.4), random.Random(1)
     counts = [int(masking(rng).sum()) for _ in range(2000)]
-    assert 1 <= min(counts)
+    assert min(counts) >= 1
     assert max(counts) == masking.target
 
 
@@ -109,7 +109,7 @@ def test_target_below_the_smallest_block_names_the_numbers_and_the_mend():
 def test_a_grid_without_room_is_refused():
     with pytest.raises(UserError, match="1x9"):
         BlockwiseMasking((1, 9), mask_ratio=0.5, min_block_patches=2)
-    with pytest.raises(UserError, match="mask_ratio 0.01"):
+    with pytest.raises(UserError, match=r"mask_ratio 0\.01"):
         RandomMasking((3, 5), mask_ratio=0.01)
     with pytest.raises(UserError, match="mask_ratio 1"):
         RandomMasking((3, 5), mask_ratio=1.0)

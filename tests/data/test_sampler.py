@@ -1,0 +1,117 @@
+import pytest
+
+from beit.data.sampler import GlobalBatchSampler, epoch_order
+from beit.errors import UserError
+
+
+def sampler(size=101, **changes):
+    options = {
+        "batch_size": 4, "rank": 0, "world_size": 1, "accumulate": 3, "seed": 5,
+        "shuffle": True, "drop_last": True,
+    }  # fmt: skip
+    return GlobalBatchSampler(size, **(options | changes))
+
+
+def indices(batches):
+    return [index for batch in batches for _, index in batch]
+
+
+def global_batches(epoch, **changes):
+    """The set of samples of each optimizer step, put together from all ranks."""
+    world = changes["world_size"]
+    ranks = [sampler(rank=rank, **changes) for rank in range(world)]
+    for rank in ranks:
+        rank.set_epoch(epoch)
+    accumulate = changes["accumulate"]
+    columns = [list(rank) for rank in ranks]
+    steps = len(columns[0]) // accumulate
+    return [
+        sorted(
+            index
+            for column in columns
+            for batch in column[step * accumulate : (step + 1) * accumulate]
+            for _, index in batch
+        )
+        for step in range(steps)
+    ]
+
+
+def test_micro_batches_are_slices_of_one_permutation():
+    order = epoch_order(101, 5, 2)
+    for rank in range(2):
+        own = sampler(rank=rank, world_size=2)
+        own.set_epoch(2)
+        for i, batch in enumerate(own):
+            begin = (i * 2 + rank) * 4
+            assert batch == [(2, index) for index in order[begin : begin + 4]]
+
+
+def test_a_global_batch_is_the_same_however_it_is_spread():
+    expected = global_batches(3, batch_size=12, world_size=1, accumulate=1)
+    assert len(expected) == 8
+    for batch_size, world_size, accumulate in ((4, 3, 1), (4, 1, 3), (2, 3, 2), (3, 2, 2)):
+        spread = {"batch_size": batch_size, "world_size": world_size, "accumulate": accumulate}
+        assert global_batches(3, **spread) == expected
+
+
+def test_training_drops_only_the_last_incomplete_global_batch():
+    own = sampler()
+    assert len(own) == len(list(own)) == 24
+    assert own.steps_per_epoch == 8
+    seen = indices(own)
+    assert len(set(seen)) == len(seen) == 96
+
+
+def test_order_is_a_permutation_that_depends_on_seed_and_epoch():
+    assert sorted(epoch_order(101, 5, 2).tolist()) == list(range(101))
+    orders = {tuple(epoch_order(101, s, e)) for s in (5, 6) for e in (0, 1)}
+    assert len(orders) == 4
+    # written down: a run resumed under another version of NumPy goes on with the same order
+    assert epoch_order(7, 5, 2).tolist() == ORDER_OF_7
+
+
+ORDER_OF_7 = [4, 6, 0, 1, 5, 2, 3]
+
+
+def test_a_restart_in_the_middle_goes_on_with_what_is_left():
+    full, resumed = sampler(), sampler()
+    full.set_epoch(2)
+    resumed.set_epoch(2)
+    resumed.start(9)
+    assert list(resumed) == list(full)[9:]
+    assert len(resumed) == len(full)  # Lightning counts on the full length
+    assert list(resumed) == list(full)[9:]  # asked again: the same
+    resumed.set_epoch(2)
+    assert list(resumed) == list(full)[9:]
+    resumed.set_epoch(3)
+    full.set_epoch(3)
+    assert list(resumed) == list(full)
+
+
+def test_an_iterator_keeps_its_epoch():
+    own = sampler()
+    own.set_epoch(1)
+    batches = iter(own)
+    own.set_epoch(2)
+    assert next(batches)[0][0] == 1
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5])
+def test_evaluation_sees_each_index_once_in_order(world_size):
+    options = {"shuffle": False, "drop_last": False, "accumulate": 1, "world_size": world_size}
+    seen = []
+    for rank in range(world_size):
+        own = sampler(size=17, rank=rank, **options)
+        own.set_epoch(4)
+        batches = list(own)
+        assert len(batches) == len(own)
+        assert all(epoch == 0 for batch in batches for epoch, _ in batch)
+        seen += indices(batches)
+    assert sorted(seen) == list(range(17))
+    if world_size == 1:
+        assert seen == list(range(17))
+
+
+def test_fewer_samples_than_a_global_batch_are_refused_with_the_numbers():
+    with pytest.raises(UserError, match=r"11 training images.*24 \(4 per device x 2.*x 3"):
+        sampler(size=11, world_size=2)

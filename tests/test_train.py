@@ -1,0 +1,178 @@
+"""The chain as a user runs it: every stage, its run folder, evaluate, predict, resume."""
+
+import csv
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import beit
+from beit import cli
+from beit.checkpoint import read_checkpoint
+from beit.errors import UserError
+
+Words = dict[str, list[str]]
+STAGES = ["tokenizer", "pretrain", "finetune"]
+
+
+def column(run: Path, key: str) -> list[float]:
+    with (run / "metrics.csv").open() as file:
+        return [float(row[key]) for row in csv.DictReader(file) if row.get(key)]
+
+
+def last(run: Path) -> Path:
+    return run / "checkpoints" / "last.ckpt"
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_run_folder_tells_where_it_came_from(runs: Path, stage: str) -> None:
+    run = runs / stage
+    assert "output_dir" in (run / "config.yaml").read_text()
+    environment = json.loads((run / "environment.json").read_text())
+    assert environment["packages"]["torch"] and environment["commit"]
+    assert "global batch 32 = 1 devices x 32 images x 1 accumulated" in (
+        run / "train.log"
+    ).read_text()
+    assert len(column(run, "train/loss")) == 6
+    assert last(run).is_file()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_checkpoint_is_tensors_and_plain_data(runs: Path, stage: str) -> None:
+    content = torch.load(last(runs / stage), weights_only=True)
+    assert json.loads(json.dumps(content["beit"])) == content["beit"]
+    assert content["global_step"] == 6
+
+
+def test_the_frozen_tokenizer_is_in_no_checkpoint(runs: Path) -> None:
+    children = {key.split(".")[0] for key in read_checkpoint(last(runs / "pretrain")).state_dict}
+    assert children == {"backbone", "head"}
+
+
+def test_pretraining_logs_the_commonest_token_beside_its_accuracy(runs: Path) -> None:
+    for stage in ("train", "val"):
+        for key in ("mim_acc", "commonest_token_acc", "token_perplexity"):
+            assert column(runs / "pretrain", f"{stage}/{key}")
+
+
+def test_init_from_carries_the_backbone_over(
+    runs: Path, tiny: Words, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from beit import config, runner
+
+    pretrained = read_checkpoint(last(runs / "pretrain")).part("backbone")
+    start = f"init_from={last(runs / 'pretrain')}"
+    cfg = config.compose([*tiny["classification"], "name=x", start])
+    task, _ = runner.build(cfg, world_size=config.settle_devices(cfg))
+    ours = task.backbone.state_dict()
+    assert torch.equal(ours["blocks.2.mlp.fc1.weight"], pretrained["blocks.2.mlp.fc1.weight"])
+    shared = pretrained["rel_pos_bias.relative_position_bias_table"]
+    for i in range(3):
+        assert torch.equal(ours[f"blocks.{i}.attn.relative_position_bias_table"], shared)
+
+
+def test_evaluate_repeats_the_runs_own_validation(runs: Path) -> None:
+    metrics = beit.evaluate(last(runs / "finetune"))
+    assert metrics["val/loss"] == pytest.approx(column(runs / "finetune", "val/loss")[-1], rel=1e-5)
+
+
+def test_evaluate_takes_changes_and_refuses_unknown_keys(runs: Path) -> None:
+    fewer = beit.evaluate(last(runs / "finetune"), "trainer.limit_val_batches=1")
+    assert fewer["val/loss"] != beit.evaluate(last(runs / "finetune"))["val/loss"]
+    with pytest.raises(UserError, match="no such key"):
+        beit.evaluate(last(runs / "finetune"), "trainer.limt_val_batches=1")
+
+
+def _photos(folder: Path) -> Path:
+    folder.mkdir()
+    pixels = np.random.default_rng(0).integers(0, 255, (40, 56, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(folder / "a.png")
+    Image.fromarray(255 - pixels).save(folder / "b.jpg")
+    (folder / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nnothing")
+    return folder
+
+
+def test_predict_writes_one_line_per_image(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "out.jsonl"
+    words = [f"checkpoint={last(runs / 'finetune')}", f"images={_photos(tmp_path / 'photos')}"]
+    monkeypatch.setattr(sys, "argv", ["beit", "predict", *words, "top_k=3", f"output={output}"])
+    assert cli.main() == 0
+    lines = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [Path(line["path"]).name for line in lines] == ["a.png", "b.jpg", "broken.png"]
+    assert "broken.png" in lines[2]["error"]
+    scores = [entry["score"] for entry in lines[0]["top"]]
+    assert len(scores) == 3 and scores == sorted(scores, reverse=True)
+    assert cli.main() == 2  # the output exists: it is not written over
+
+
+def test_predict_gives_the_networks_own_scores(runs: Path, tmp_path: Path) -> None:
+    from beit.predictor import ImageClassifier
+
+    folder = _photos(tmp_path / "photos")
+    record = beit.predict(last(runs / "finetune"), folder / "a.png", top_k=10)[0]
+    classifier = ImageClassifier.from_checkpoint(last(runs / "finetune"))
+    image = classifier.transform(Image.open(folder / "a.png"))[None]
+    with torch.no_grad():
+        expected = beit.load_model(last(runs / "finetune"))(image).softmax(-1)[0]
+    for entry in record["top"]:
+        assert entry["score"] == pytest.approx(expected[entry["index"]].item(), abs=1e-5)
+
+
+def test_predict_refuses_a_checkpoint_without_classes(runs: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no classes to predict"):
+        beit.predict(last(runs / "pretrain"), _photos(tmp_path / "photos"))
+
+
+def test_a_run_folder_is_never_written_over(runs: Path, tiny: Words) -> None:
+    before = {path: path.stat().st_mtime_ns for path in (runs / "finetune").rglob("*")}
+    with pytest.raises(UserError, match="already holds a run"):
+        beit.train(*tiny["classification"], f"paths.runs_dir={runs}", "name=finetune")
+    after = {path: path.stat().st_mtime_ns for path in (runs / "finetune").rglob("*")}
+    assert before == after
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(
+    runs: Path, tiny: Words, tmp_path: Path
+) -> None:
+    path = f"tokenizer.path={last(runs / 'tokenizer')}"
+    words = [*tiny["mim"], path, "trainer.max_steps=-1", "trainer.limit_train_batches=3"]
+    words += [f"paths.runs_dir={tmp_path}", "trainer.max_epochs=3"]
+    beit.train(*words, "name=whole", "callbacks.last_checkpoint.save_top_k=-1")
+    first = next((tmp_path / "whole" / "checkpoints").glob("epoch0000*.ckpt"))
+    beit.train(*words, "name=cut", f"resume={first}")
+    assert column(tmp_path / "cut", "train/loss") == column(tmp_path / "whole", "train/loss")[3:]
+    whole = read_checkpoint(last(tmp_path / "whole")).state_dict
+    cut = read_checkpoint(last(tmp_path / "cut")).state_dict
+    assert all(torch.equal(whole[key], cut[key]) for key in whole)
+
+
+def test_a_checkpoint_of_another_architecture_is_refused(runs: Path, tiny: Words) -> None:
+    start = f"init_from={last(runs / 'pretrain')}"
+    with pytest.raises(UserError, match="22"):
+        beit.train(*tiny["classification"], start, "model.width=26", "name=x")
+
+
+def test_a_foreign_file_is_refused_without_running_it(tmp_path: Path, runs: Path) -> None:
+    import os
+    import pickle
+
+    class Hostile:
+        def __reduce__(self) -> tuple[object, ...]:
+            return os.mkdir, (str(tmp_path / "executed"),)
+
+    (tmp_path / "bad.ckpt").write_bytes(pickle.dumps({"state_dict": Hostile()}))
+    torch.save({"state_dict": Hostile()}, tmp_path / "bad2.ckpt")
+    for name in ("bad.ckpt", "bad2.ckpt"):
+        with pytest.raises(UserError, match=name):
+            read_checkpoint(tmp_path / name)
+    damaged = tmp_path / "damaged.ckpt"
+    damaged.write_bytes(last(runs / "pretrain").read_bytes()[:5000])
+    with pytest.raises(UserError, match="damaged"):
+        read_checkpoint(damaged)
+    assert not (tmp_path / "executed").exists()
