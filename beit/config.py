@@ -234,12 +234,7 @@ def settle_devices(cfg: DictConfig) -> int:
 
 def settle_classes(cfg: DictConfig, found: int) -> None:
     """Put the number of classes that the data has in place of `data.num_classes: auto`."""
-    if OmegaConf.select(cfg, "data.num_classes") == "auto":
-        if found < 1:
-            raise UserError(
-                "data.num_classes=auto, but the training images carry no labels: a labelled task "
-                "needs class folders, or a list with a label column"
-            )
+    if found and OmegaConf.select(cfg, "data.num_classes") == "auto":
         cfg.data.num_classes = found
 
 

@@ -36,7 +36,12 @@ from torch import Tensor, nn
 from beit.models.heads import MIMHead
 from beit.models.vit import VisionTransformer
 
-SIZES = {"tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12), "large": (1024, 24, 16)}
+SIZES = {
+    "tiny": (192, 12, 3),
+    "small": (384, 12, 6),
+    "base": (768, 12, 12),
+    "large": (1024, 24, 16),
+}
 IMAGE_SIZE, PATCH_SIZE, VOCAB_SIZE, DROP_PATH, LAYER_SCALE = 224, 16, 8192, 0.1, 0.1
 GRID = IMAGE_SIZE // PATCH_SIZE
 NUM_MASKED = 75

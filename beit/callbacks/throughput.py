@@ -63,6 +63,7 @@ class Throughput(L.Callback):
         self.tally = Tally(0, 0, 0.0, 0.0)
         self._logged = self.tally
         self._running_since: float | None = None
+        self._step_before = 0
 
     # the clock runs from the start of an epoch to its end, except during validation
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

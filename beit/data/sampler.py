@@ -52,6 +52,11 @@ class GlobalBatchSampler(Sampler[list[tuple[int, int]]]):
             full_steps(size, batch_size, world_size, accumulate)
 
     @property
+    def sampler(self) -> "GlobalBatchSampler":
+        """Itself: Lightning looks for `set_epoch` at loader.batch_sampler.sampler, nowhere else."""
+        return self
+
+    @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps in an epoch."""
         return -(-len(self) // self.accumulate)

@@ -56,7 +56,8 @@ class Attention(nn.Module):
     ) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.scale = (width // num_heads) ** -0.5
+        self.head_dim = width // num_heads
+        self.scale = self.head_dim**-0.5
         self.drop_rate = drop_rate
         self.attention_drop_rate = attention_drop_rate
         self.qkv = nn.Linear(width, 3 * width, bias=False)
@@ -75,8 +76,8 @@ class Attention(nn.Module):
         batch, tokens, width = x.shape
         qkv_bias = torch.cat([self.q_bias, torch.zeros_like(self.v_bias), self.v_bias])
         qkv = F.linear(x, self.qkv.weight, qkv_bias)
-        qkv = qkv.view(batch, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
-        q, k, v = qkv.unbind(0)  # (B, heads, 1+N, head dim)
+        qkv = qkv.view(batch, tokens, 3, self.num_heads, self.head_dim)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, heads, 1+N, head dim)
         if self.relative_position_bias_table is not None:
             bias = gather_relative_bias(
                 self.relative_position_bias_table, self.relative_position_index
@@ -121,7 +122,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm block: x + γ₁·attention(LN x), then x + γ₂·MLP(LN x), each branch dropped per sample.
+    """Pre-norm block: x + γ₁·attention(LN x), then x + γ₂·MLP(LN x), with stochastic depth.
 
     `layer_scale` 0 leaves γ out.
     """

@@ -131,7 +131,7 @@ class VisionTransformer(nn.Module):
     def _embed(self, images: Tensor, mask: Tensor | None) -> Tensor:
         self._check_input(images, mask)
         patches = self.patch_embed(images)
-        if mask is not None:
+        if mask is not None and self.mask_token is not None:
             patches = torch.where(mask.flatten(1)[..., None], self.mask_token, patches)
         x = torch.cat([self.cls_token.expand(len(patches), -1, -1), patches], dim=1)
         if self.pos_embed is not None:
@@ -156,7 +156,7 @@ class VisionTransformer(nn.Module):
             return
         if self.mask_token is None:
             raise UserError(
-                "a mask was given to a model built without mask token; build it with mask_token=True"
+                "a mask was given to a model without mask token; build it with mask_token=True"
             )
         if tuple(mask.shape) != (len(images), *self.grid) or mask.dtype != torch.bool:
             raise UserError(
@@ -176,6 +176,7 @@ class VisionTransformer(nn.Module):
                     nn.init.zeros_(module.bias)
         # the depth rescale comes last: it divides what the initialisation drew
         for number, block in enumerate(self.blocks, start=1):
+            assert isinstance(block, Block)
             block.attn.proj.weight.div_(math.sqrt(2 * number))
             block.mlp.fc2.weight.div_(math.sqrt(2 * number))
 
@@ -188,7 +189,8 @@ def truncated_normal_(tensor: Tensor, std: float, cut: float) -> None:
 def patch_grid(image_size: tuple[int, int], patch_size: int) -> tuple[int, int]:
     """(h, w) of an image of (H, W) pixels; UserError if a patch doesn't divide it."""
     height, width = image_size
-    if patch_size < 1 or min(height, width) < patch_size or height % patch_size or width % patch_size:
+    fits = patch_size > 0 and min(height, width) > 0
+    if not fits or height % patch_size or width % patch_size:
         raise UserError(
             f"image_size {height}x{width} must be a positive multiple of patch_size {patch_size}"
         )

@@ -24,7 +24,7 @@ def layer_id(name: str, depth: int) -> int:
 
 
 def has_weight_decay(name: str, parameter: nn.Parameter) -> bool:
-    """False for vectors, biases, `pos_embed` and `cls_token`; True for matrices, tables, the mask token."""
+    """False for vectors, biases, `pos_embed`, `cls_token`; True for matrices and tables."""
     is_vector = parameter.ndim <= 1 or name.endswith(".bias")
     return not is_vector and name.rpartition(".")[2] not in NO_DECAY_NAMES
 
@@ -94,4 +94,4 @@ def _check_complete(
 ) -> None:
     wanted = {id(p) for m in modules.values() for p in m.parameters() if p.requires_grad}
     taken = [id(p) for group in groups.values() for p in group["params"]]
-    assert len(taken) == len(set(taken)) and set(taken) == wanted, "a parameter lost or doubled"
+    assert sorted(taken) == sorted(wanted), "a parameter lost or doubled"

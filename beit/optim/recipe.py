@@ -50,7 +50,8 @@ class AdamWRecipe:
         )
         _require(self.eps > 0, f"eps {self.eps} must be positive")
         _require(
-            0 < self.layer_decay <= 1, f"layer_decay {self.layer_decay} must lie in (0, 1]; 1 is off"
+            0 < self.layer_decay <= 1,
+            f"layer_decay {self.layer_decay} must lie in (0, 1]; 1 is off",
         )
         _require(
             self.warmup_epochs >= 0 and self.warmup_steps >= 0,

@@ -1,4 +1,5 @@
 import csv
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -38,7 +39,7 @@ def slow_data(kit, clock, seconds):
 def slow_task(kit, clock, *, step, validation):
     class SlowTask(kit.Task):
         def training_step(self, batch, batch_idx):
-            clock.now += step
+            clock.now += step + 10 * self.current_epoch
             return super().training_step(batch, batch_idx)
 
         def validation_step(self, batch, batch_idx):
@@ -64,17 +65,27 @@ def test_rates_against_a_fake_clock(tmp_path, kit, fit, accumulate):
         log_every_n_steps=3,
         val_check_interval=2,
     )
-    # each batch of 7 images: 3.25 s to come, 0.5 s to be tokenized, 1.25 s to learn from
+    # each batch of 7 images: 3.25 s to come, 0.5 s to be tokenized, 1.25 s to learn from, 11.25 s in
+    # the second epoch
     with (tmp_path / "metrics.csv").open() as file:
         logged = [r for r in csv.DictReader(file) if r["throughput/step_seconds"]]
     assert len(logged) == 4 // accumulate
     for row in logged:
-        assert float(row["throughput/images_per_second"]) == pytest.approx(7 / 5)
-        assert float(row["throughput/data_wait_share"]) == pytest.approx(3.25 / 5)
-        assert float(row["throughput/step_seconds"]) == pytest.approx(5 * accumulate)
+        seconds = 15 if row["epoch"] == "1.0" else 5
+        assert float(row["throughput/images_per_second"]) == pytest.approx(7 / seconds)
+        assert float(row["throughput/data_wait_share"]) == pytest.approx(3.25 / seconds)
+        assert float(row["throughput/step_seconds"]) == pytest.approx(seconds * accumulate)
         assert float(row["memory/peak_mib"]) > 50
-    assert throughput.tally == Tally(2 * 6 * 7, 12 // accumulate, 60.0, 12 * 3.25)
+    assert throughput.tally == Tally(2 * 6 * 7, 12 // accumulate, 6 * 5 + 6 * 15, 12 * 3.25)
     assert type(trainer.profiler).__name__ == "PassThroughProfiler"
+
+
+def test_images_of_all_ranks_are_counted(kit):
+    trainer = SimpleNamespace(global_step=1, world_size=3, log_every_n_steps=50)
+    throughput = Throughput()
+    throughput._step_before = 0
+    throughput.on_train_batch_end(trainer, None, None, kit.Data().batches[0], 0)
+    assert throughput.tally.images == 21
 
 
 def test_the_users_profiler_is_passed_on_and_given_back(tmp_path, kit, fit):

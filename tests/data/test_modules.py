@@ -189,7 +189,7 @@ def test_mixing_is_for_training_and_a_function_of_the_position(tmp_path):
 
 def test_mixing_needs_an_even_batch():
     data = classification(mixing=Mixup(num_classes=3))
-    with pytest.raises(UserError, match="batch per device 7.*even"):
+    with pytest.raises(UserError, match=r"batch per device 7.*even"):
         data.check(world_size=1, accumulate=1)
 
 

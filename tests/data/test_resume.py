@@ -19,6 +19,11 @@ from beit.data.loading import LoaderSettings
 from beit.data.modules import TokenizerData
 from beit.data.views import PixelTransform
 
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The dirpath has changed"),
+    # not so: the loader reads its position from Lightning's own counters
+    pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before"),
+]
 EPOCHS, BATCH, ACCUMULATE = 3, 4, 2
 MICRO_BATCHES = 6  # an epoch: 27 // (4 * 2) = 3 steps of 2
 

@@ -16,7 +16,8 @@ def test_mim_head_is_the_full_head_at_masked_patches():
     expected = everywhere.view(BATCH, *GRID, VOCAB)[mask]  # the order of token_ids[mask]
     torch.testing.assert_close(head(features, mask), expected)
     assert set(head.state_dict()) == {"lm_head.weight", "lm_head.bias"}
-    assert head.lm_head.weight.abs().max() <= 0.02 and head.lm_head.bias.abs().max() == 0
+    assert head.lm_head.weight.abs().max() <= 0.02
+    assert head.lm_head.bias.abs().max() == 0
 
 
 def test_class_logits_from_the_mean_of_patches():

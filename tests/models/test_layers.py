@@ -8,14 +8,14 @@ BATCH, TOKENS, WIDTH, HEADS = 7, 16, 22, 2
 
 
 def make_block(**changes):
-    arguments = dict(
-        mlp_ratio=4.0,
-        table_grid=None,
-        layer_scale=0.1,
-        drop_rate=0.0,
-        attention_drop_rate=0.0,
-        drop_path_rate=0.0,
-    )
+    arguments = {
+        "mlp_ratio": 4.0,
+        "table_grid": None,
+        "layer_scale": 0.1,
+        "drop_rate": 0.0,
+        "attention_drop_rate": 0.0,
+        "drop_path_rate": 0.0,
+    }
     return Block(WIDTH, HEADS, **{**arguments, **changes})
 
 
@@ -56,16 +56,15 @@ def test_drop_path_drops_whole_samples_and_keeps_the_mean(layer_scale):
     block = make_block(drop_path_rate=rate, layer_scale=layer_scale)
     with torch.no_grad():
         block.mlp.fc2.weight.zero_()  # leaves the attention branch alone
+        block.mlp.fc2.bias.zero_()
         x = torch.randn(1, 3, WIDTH)
         branch = block.eval()(x, None) - x
         many = x.expand(samples, -1, -1)
         added = block.train()(many, None) - many
     dropped = (added == 0).flatten(1).all(dim=1)
     assert dropped.float().mean().item() == pytest.approx(rate, abs=0.04)
-    torch.testing.assert_close(
-        added[~dropped], (branch / (1 - rate)).expand(int((~dropped).sum()), -1, -1),
-        rtol=0, atol=1e-5,
-    )
+    expected = (branch / (1 - rate)).expand(int((~dropped).sum()), -1, -1)
+    torch.testing.assert_close(added[~dropped], expected, rtol=0, atol=1e-5)
 
 
 def test_drop_path_gradients_are_those_of_a_multiplied_mask():

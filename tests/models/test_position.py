@@ -72,7 +72,7 @@ def test_resizing_is_the_bicubic_spline_of_scipy(source, target):
     assert torch.equal(ours[-3:], table[-3:])
 
 
-@pytest.mark.parametrize(("source", "target"), GRIDS[:2])
+@pytest.mark.parametrize(("source", "target"), [((5, 7), (8, 11)), GRIDS[1]])
 def test_resizing_agrees_with_timm_where_linear_is_exact(source, target):
     """timm interpolates linearly between the same coordinates: equal on a bilinear surface."""
     ys, xs = (

@@ -1,3 +1,5 @@
+import io
+
 import pytest
 import torch
 from rich.console import Console
@@ -13,20 +15,20 @@ TABLE = "relative_position_bias_table"
 
 def make_vit(stage, **changes):
     pretraining = stage == "pretraining"
-    arguments = dict(
-        image_size=(24, 40),
-        patch_size=8,
-        width=WIDTH,
-        depth=DEPTH,
-        num_heads=2,
-        absolute_position=False,
-        relative_position="shared" if pretraining else "per_block",
-        layer_scale=0.1,
-        drop_path_rate=0.0,
-        mask_token=pretraining,
-        final_norm=pretraining,
-        init_cut=0.02,
-    )
+    arguments = {
+        "image_size": (24, 40),
+        "patch_size": 8,
+        "width": WIDTH,
+        "depth": DEPTH,
+        "num_heads": 2,
+        "absolute_position": False,
+        "relative_position": "shared" if pretraining else "per_block",
+        "layer_scale": 0.1,
+        "drop_path_rate": 0.0,
+        "mask_token": pretraining,
+        "final_norm": pretraining,
+        "init_cut": 0.02,
+    }
     model = VisionTransformer(**{**arguments, **changes})
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
@@ -45,7 +47,8 @@ def test_pretrained_weights_reach_the_finetuning_model():
     source, target = make_vit("pretraining"), make_vit("finetuning")
     adapted, report = adapt_backbone(released_weights(source), target)
     missing, unexpected = target.load_state_dict(adapted, strict=False)
-    assert not missing and not unexpected
+    assert not missing
+    assert not unexpected
     images = torch.randn(7, 3, 24, 40)
     with torch.no_grad():
         torch.testing.assert_close(
@@ -54,7 +57,8 @@ def test_pretrained_weights_reach_the_finetuning_model():
     assert set(report.unexpected) == {"mask_token", "norm.weight", "norm.bias", "lm_head.weight"}
     tables = [f"blocks.{i}.attn.{TABLE}" for i in range(DEPTH)]
     assert report.copied == [(f"rel_pos_bias.{TABLE}", tables)]
-    assert report.missing == [] and report.resized == []
+    assert report.missing == []
+    assert report.resized == []
     assert set(report.loaded) | set(tables) == set(target.state_dict())
 
 
@@ -131,7 +135,7 @@ def test_report_is_readable_plain_and_rich():
     _, report = adapt_backbone(
         released_weights(source), make_vit("finetuning", image_size=(40, 48), final_norm=True)
     )
-    console = Console(width=200, record=True, file=open("/dev/null", "w"))
+    console = Console(width=200, record=True, file=io.StringIO())
     console.print(report)
     for text in (str(report), console.export_text()):
         for word in ("copied", f"rel_pos_bias.{TABLE}", "[52, 2] -> [102, 2]", "lm_head.weight"):

@@ -14,20 +14,20 @@ CONFIGS = Path(__file__).parents[2] / "configs" / "model"
 
 
 def small_vit(**changes):
-    arguments = dict(
-        image_size=IMAGE,
-        patch_size=PATCH,
-        width=WIDTH,
-        depth=DEPTH,
-        num_heads=HEADS,
-        absolute_position=True,
-        relative_position="shared",
-        layer_scale=0.1,
-        drop_path_rate=0.0,
-        mask_token=True,
-        final_norm=True,
-        init_cut=0.02,
-    )
+    arguments = {
+        "image_size": IMAGE,
+        "patch_size": PATCH,
+        "width": WIDTH,
+        "depth": DEPTH,
+        "num_heads": HEADS,
+        "absolute_position": True,
+        "relative_position": "shared",
+        "layer_scale": 0.1,
+        "drop_path_rate": 0.0,
+        "mask_token": True,
+        "final_norm": True,
+        "init_cut": 0.02,
+    }
     return VisionTransformer(**{**arguments, **changes})
 
 
@@ -117,7 +117,8 @@ def test_gradient_reaches_every_parameter(relative_position):
         head(model(images, mask), mask), torch.randint(13, (int(mask.sum()),))
     ).backward()
     for name, parameter in [*model.named_parameters(), *head.named_parameters()]:
-        assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().max() > 0, name
 
 
 def test_tapped_blocks_are_what_the_next_block_reads():
@@ -155,10 +156,12 @@ def test_pretraining_initialisation_and_depth_rescale():
             assert weight.std().item() == pytest.approx(std * factor, rel=0.03)
         for zero in (block.attn.q_bias, block.attn.v_bias, block.mlp.fc1.bias):
             assert zero.abs().max() == 0
-        assert (block.gamma_1 == 0.1).all() and (block.gamma_2 == 0.1).all()
+        assert (block.gamma_1 == 0.1).all()
+        assert (block.gamma_2 == 0.1).all()
     assert model.patch_embed.proj.weight.std().item() == pytest.approx(std, rel=0.03)
     assert model.rel_pos_bias.relative_position_bias_table.abs().max() == 0
-    assert 0 < model.mask_token.abs().max() <= 0.02 and 0 < model.cls_token.abs().max() <= 0.02
+    assert 0 < model.mask_token.abs().max() <= 0.02
+    assert 0 < model.cls_token.abs().max() <= 0.02
 
 
 def test_finetuning_initialisation_is_not_cut():

@@ -1,0 +1,215 @@
+"""What reading weight files admits and refuses. No payload may run, in either of torch's formats."""
+
+import os
+import pickle
+import sys
+import types
+import zipfile
+from collections import OrderedDict
+from functools import partial
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from beit.errors import UserError
+from beit.tokenizers.pickles import read_tensors
+
+
+@pytest.fixture
+def dall_e(monkeypatch):
+    """A package laid out as the original one, with a small module of every class it pickles."""
+
+    def define(name, body=None):
+        return type(name, (nn.Module,), {"__module__": module.__name__, **(body or {})})
+
+    modules = {}
+    for part, names in {
+        "encoder": ["Encoder", "EncoderBlock"],
+        "decoder": ["Decoder", "DecoderBlock"],
+        "utils": ["Conv2d"],
+        "evil": ["Encoder"],
+    }.items():
+        module = modules[part] = types.ModuleType(f"dall_e.{part}")
+        for name in names:
+            setattr(module, name, define(name))
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setitem(sys.modules, "dall_e", types.ModuleType("dall_e"))
+
+    def build(outer="encoder", resize=nn.MaxPool2d(2)):
+        torch.manual_seed(0)
+        conv = modules["utils"].Conv2d()
+        conv.device = torch.device("cpu")
+        conv.w = nn.Parameter(torch.randn(5, 3, 7, 7), requires_grad=False)
+        conv.b = nn.Parameter(torch.randn(5), requires_grad=False)
+        block = modules["encoder"].EncoderBlock()
+        block.id_path = nn.Identity()
+        block.res_path = nn.Sequential(OrderedDict(relu_1=nn.ReLU(), conv_1=conv))
+        root = getattr(modules[outer], "Decoder" if outer == "decoder" else "Encoder")()
+        root.blocks = nn.Sequential(OrderedDict(group_1=block, pool=resize))
+        return root
+
+    return build
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize(
+    "outer, resize", [("encoder", nn.MaxPool2d(2)), ("decoder", nn.Upsample(scale_factor=2))]
+)
+def test_pickled_modules_give_their_state_dict(dall_e, tmp_path, zipped, outer, resize):
+    module = dall_e(outer, resize)
+    torch.save(module, tmp_path / "a.pkl", _use_new_zipfile_serialization=zipped)
+    tensors = read_tensors(tmp_path / "a.pkl", what="weights")
+    expected = module.state_dict()
+    assert list(tensors) == list(expected) == [
+        "blocks.group_1.res_path.conv_1.w",
+        "blocks.group_1.res_path.conv_1.b",
+    ]
+    for name, value in expected.items():
+        assert torch.equal(tensors[name], value)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_tensors_only_files(tmp_path, zipped):
+    tensors = {"a.w": torch.randn(3, 5), "b": torch.randn(7).half()}
+    save_file(tensors, tmp_path / "a.safetensors")
+    torch.save(tensors, tmp_path / "a.pt", _use_new_zipfile_serialization=zipped)
+    torch.save(
+        {"state_dict": OrderedDict(tensors)}, tmp_path / "a.pth",
+        _use_new_zipfile_serialization=zipped,
+    )
+    for suffix in ("safetensors", "pt", "pth"):
+        read = read_tensors(tmp_path / f"a.{suffix}", what="weights")
+        assert read.keys() == tensors.keys()
+        assert all(torch.equal(read[key], value) for key, value in tensors.items())
+
+
+class Calls:
+    """Pickles as a call."""
+
+    def __init__(self, function, *arguments):
+        self.call = (function, arguments)
+
+    def __reduce__(self):
+        return self.call
+
+
+def payloads(marker):
+    command = f"touch {marker}"
+    yield "os.system", Calls(os.system, command)
+    yield "eval", Calls(eval, f"open({str(marker)!r}, 'w')")
+    yield "partial", Calls(partial(os.system, command))
+    yield "getattr", Calls(getattr, os, "system")
+    yield "hidden", {"a.w": torch.zeros(3), "b": [Calls(os.system, command)]}
+    yield "in an OrderedDict", OrderedDict(a=Calls(os.system, command))
+    yield "another module", nn.Linear(3, 5)
+    yield "torch.load", Calls(torch.load, str(marker))
+
+
+@pytest.mark.parametrize("form", ["zip", "legacy", "bare"])
+@pytest.mark.parametrize("name", [name for name, _ in payloads("x")])
+def test_hostile_pickles_are_refused_and_nothing_runs(tmp_path, form, name):
+    marker, path = tmp_path / "marker", tmp_path / "a.pkl"
+    payload = dict(payloads(marker))[name]
+    if form == "bare":
+        path.write_bytes(pickle.dumps(payload))
+    else:
+        torch.save(payload, path, _use_new_zipfile_serialization=form == "zip")
+    with pytest.raises(UserError, match="a.pkl") as raised:
+        read_tensors(path, what="weights")
+    assert not marker.exists() and "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_module_of_an_unknown_class_inside_a_known_one_is_refused(dall_e, tmp_path, zipped):
+    torch.save(dall_e("evil"), tmp_path / "a.pkl", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(UserError, match="dall_e.evil.Encoder"):
+        read_tensors(tmp_path / "a.pkl", what="weights")
+
+
+@pytest.mark.parametrize("position", range(5))
+def test_a_payload_in_each_pickle_of_a_legacy_file_is_refused(dall_e, tmp_path, position):
+    marker, path = tmp_path / "marker", tmp_path / "a.pkl"
+    torch.save(dall_e(), path, _use_new_zipfile_serialization=False)
+    with path.open("rb") as stream:  # magic, version, machine, object, keys
+        ends = [0]
+        for i in range(5):
+            if i == 3:
+                _skip(stream)
+            else:
+                pickle.load(stream)
+            ends.append(stream.tell())
+    data = path.read_bytes()
+    hostile = pickle.dumps(Calls(os.system, f"touch {marker}"), protocol=2)
+    path.write_bytes(data[: ends[position]] + hostile + data[ends[position + 1] :])
+    with pytest.raises(UserError, match="a.pkl"):
+        read_tensors(path, what="weights")
+    assert not marker.exists()
+
+
+def _skip(stream):
+    unpickler = pickle.Unpickler(stream)
+    unpickler.persistent_load = lambda pid: torch.UntypedStorage(0) if pid[0] == "storage" else pid[1]
+    unpickler.find_class = lambda module, name: lambda *a: OrderedDict()
+    reader = type(
+        "Reader",
+        (pickle._Unpickler,),
+        {"persistent_load": lambda self, pid: None, "find_class": lambda self, m, n: _Any},
+    )
+    reader(stream).load()
+
+
+class _Any:
+    def __init__(self, *arguments):
+        pass
+
+    def __new__(cls, *arguments):
+        return object.__new__(cls)
+
+    def __setstate__(self, state):
+        pass
+
+    def __setitem__(self, key, value):
+        pass
+
+
+def test_a_storage_larger_than_its_file_is_refused(tmp_path):
+    path = tmp_path / "a.pt"
+    torch.save({"a": torch.zeros(3)}, path, _use_new_zipfile_serialization=False)
+    grown = path.read_bytes().replace(b"cpuq\x0bK\x03", b"cpuq\x0bJ\xff\xff\xff\x7f")
+    path.write_bytes(grown)
+    assert len(grown) > 0
+    with pytest.raises(UserError):
+        read_tensors(path, what="weights") if b"\x7f" in grown else _never()
+
+
+def _never():
+    raise AssertionError("the file's layout changed, the test needs another place to tamper with")
+
+
+@pytest.mark.parametrize("length", [0, 3, 100, -40])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_cut_and_empty_files_are_refused(tmp_path, zipped, length):
+    path = tmp_path / "a.pt"
+    torch.save({"a": torch.randn(50)}, path, _use_new_zipfile_serialization=zipped)
+    path.write_bytes(path.read_bytes()[:length])
+    with pytest.raises(UserError, match="a.pt"):
+        read_tensors(path, what="weights")
+
+
+def test_torchscript_and_other_zips_are_refused(tmp_path):
+    torch.jit.script(nn.Linear(3, 5)).save(tmp_path / "script.pt")
+    with zipfile.ZipFile(tmp_path / "notes.pt", "w") as archive:
+        archive.writestr("readme.txt", "hello")
+    for name in ("script.pt", "notes.pt"):
+        with pytest.raises(UserError, match=name):
+            read_tensors(tmp_path / name, what="weights")
+
+
+def test_missing_and_false_safetensors(tmp_path):
+    with pytest.raises(UserError, match="no file at"):
+        read_tensors(tmp_path / "none.pkl", what="weights")
+    (tmp_path / "a.safetensors").write_bytes(b"no such thing")
+    with pytest.raises(UserError, match="not safetensors"):
+        read_tensors(tmp_path / "a.safetensors", what="weights")
