@@ -5,10 +5,12 @@ Every draw is a function of what is handed in: a `random.Random`, or (seed, epoc
 
 import random
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from timm.data import create_transform
+from timm.data.auto_augment import RandAugment
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torchvision import transforms
@@ -172,6 +174,8 @@ class TrainTransform:
         for step in self._steps.transforms:
             if isinstance(step, RandomErasing):
                 step.device = "cpu"
+            if isinstance(step, RandAugment):
+                _keep_one_bit(step)
 
     def __call__(self, image: Image.Image, seed: int, epoch: int, index: int) -> Tensor:
         """An RGB image -> float (3, H, W), normalised."""
@@ -249,6 +253,18 @@ class _ExactSize:
 
     def __repr__(self) -> str:
         return f"_ExactSize({by(self.size)})"
+
+
+def _keep_one_bit(step: RandAugment) -> None:
+    """Posterizing keeps at least one bit: at timm's highest level it keeps none, which is a black
+    image up to Pillow 12 and an error since. It hits about one image in five hundred."""
+    for op in step.ops:
+        if op.name.startswith("Posterize"):
+            op.aug_fn = _posterize
+
+
+def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
+    return ImageOps.posterize(image, max(bits, 1)) if bits < 8 else image
 
 
 def _one_line(step: object) -> str:

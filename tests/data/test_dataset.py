@@ -53,6 +53,11 @@ def test_a_sample_is_a_function_of_seed_epoch_and_index():
     assert (first.index, first.failed) == (7, -1)
 
 
+def test_masks_differ_between_samples_and_epochs():
+    masks = [dataset()[epoch, index].tensors[2] for epoch in range(3) for index in range(13)]
+    assert len({tuple(mask.flatten().tolist()) for mask in masks}) > 20
+
+
 def test_masking_does_not_change_the_crops():
     blockwise = dataset()[2, 7].tensors
     at_random = dataset(masking=RandomMasking((3, 5)))[2, 7].tensors

@@ -192,6 +192,14 @@ def test_train_transform_small_images_are_padded_and_shifted():
         assert any(torch.allclose(result, shift, atol=1e-5) for shift in shifts)
 
 
+def test_randaugments_highest_level_leaves_a_picture():
+    # posterizing to no bits at all is an error in Pillow 13, and reached only now and then
+    highest = {"auto_augment": "rand-m10-n2-inc1", "color_jitter": 0.0, "random_erasing": 0.0}
+    transform = TrainTransform(image_size=24, mean=(0, 0, 0), std=(1, 1, 1), **highest)
+    for index in range(200):
+        assert transform(noise(24, 24), 0, 0, index).max() > 0
+
+
 def test_train_transform_prints_its_recipe():
     text = repr(TrainTransform(image_size=224, mean=MEAN, std=STD))
     for word in ("RandAugment", "RandomResizedCrop", "0.08", "RandomErasing", "0.25"):
