@@ -158,6 +158,8 @@ def instantiate(node: Any, **extra: Any) -> Any:
 
     Raises UserError where a target is not allowed, does not exist, or refuses its arguments.
     """
+    if OmegaConf.is_config(node):  # Hydra itself cannot resolve an interpolation into a list
+        node = OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
     _check_targets(node)
     try:
         return hydra.utils.instantiate(node, _convert_="all", **extra)
@@ -171,19 +173,18 @@ def instantiate(node: Any, **extra: Any) -> Any:
 
 
 def _check_targets(node: Any) -> None:
-    if OmegaConf.is_list(node):
+    if isinstance(node, list):
         for item in node:
             _check_targets(item)
-    elif OmegaConf.is_dict(node):
+    elif isinstance(node, dict):
         target = node.get("_target_")
         if target is not None and not str(target).startswith(ALLOWED_TARGETS):
             raise UserError(
                 f"_target_: {target} is not allowed: a config may name only "
                 f"{', '.join(prefix + '*' for prefix in ALLOWED_TARGETS)}"
             )
-        for key in node:
-            if not OmegaConf.is_missing(node, key):
-                _check_targets(node[key])
+        for value in node.values():
+            _check_targets(value)
 
 
 def accumulation(*, global_size: int, per_device: int, devices: int) -> int:

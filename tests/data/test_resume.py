@@ -93,7 +93,7 @@ def in_a_child(folder, **options):
         target=train, args=(folder,), kwargs=options
     )
     child.start()
-    child.join(120)
+    child.join()  # no timeout: that would wait for the workers that a killed run leaves
     return child.exitcode
 
 
