@@ -98,6 +98,9 @@ class AdamWRecipe:
         optimizer = torch.optim.AdamW(
             groups, lr=self.lr, betas=self.betas, eps=self.eps, fused=_supports_fused(groups)
         )
+        # a fused step offers to unscale float16 gradients itself, after anyone could clip them;
+        # declined, the scaler unscales before, and Lightning agrees to clip
+        optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
         # relative to lr, so that one form serves every group and scales its min_lr too
         factor = functools.partial(
             warmup_cosine,

@@ -5,7 +5,6 @@ from typing import Any
 
 import lightning as L
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Generator, Tensor
 from torchmetrics import MeanMetric
@@ -14,11 +13,11 @@ from beit.data.batches import PixelBatch
 from beit.data.randomness import sample_key
 from beit.errors import UserError
 from beit.optim.recipe import AdamWRecipe
-from beit.tasks.accounting import TokenHistogram
+from beit.tasks.accounting import TokenHistogram, over_ranks
 from beit.tasks.planning import configure_adamw, planned_steps
 from beit.tokenizers.base import to_value_range
-from beit.tokenizers.codebook import CodeRevival, imbalance, kl_to_uniform
-from beit.tokenizers.dvae import DiscreteVAE
+from beit.tokenizers.codebook import CodeRevival, feature_sums, imbalance, kl_to_uniform
+from beit.tokenizers.dvae import DiscreteVAE, DVAEOutput
 
 log = logging.getLogger(__name__)
 
@@ -118,7 +117,8 @@ class DiscreteVAETraining(L.LightningModule):
         if self.balance_weight > 0:
             parts["imbalance"] = imbalance(output.logits)
             loss = loss + self.balance_weight * parts["imbalance"]
-        self._count(output.logits)
+        if self.revival is not None:
+            self._count(output)
         self.log("train/loss", loss, prog_bar=True, sync_dist=True)
         self.log_dict({f"train/{name}": part for name, part in parts.items()}, sync_dist=True)
         self.log_dict({"train/temperature": temperature, "train/kl_weight": kl_weight})
@@ -133,6 +133,7 @@ class DiscreteVAETraining(L.LightningModule):
         revived = self.revival(
             self.tokenizer,
             self.recent_counts,
+            centres=self._centres(),
             state=optimizer.state,
             generator=self._generator("revival", 0),  # the same on all ranks
         )
@@ -167,14 +168,18 @@ class DiscreteVAETraining(L.LightningModule):
         key = sample_key(self.seed, self.global_step, index, stream)
         return Generator(self.device).manual_seed(key & 0x7FFFFFFFFFFFFFFF)
 
-    def _count(self, logits: Tensor) -> None:
-        if self.revival is None:
-            return
-        token_ids = logits.detach().argmax(dim=-1)
+    def _count(self, output: DVAEOutput) -> None:
+        token_ids = output.logits.detach().argmax(dim=-1)
+        self._latest = output.features.detach(), token_ids
         counts = torch.bincount(token_ids.flatten(), minlength=self.tokenizer.vocab_size)
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(counts)
-        self.recent_counts += counts
+        self.recent_counts += over_ranks(counts)
+
+    def _centres(self) -> Tensor:
+        """(V, D) mean features by code of the latest micro-batch, of all positions where it is unused."""
+        sums, counts = map(over_ranks, feature_sums(*self._latest, self.tokenizer.vocab_size))
+        everywhere = sums.sum(dim=0) / counts.sum()
+        means = sums / counts.clamp_min(1)[:, None]
+        return torch.where(counts[:, None] > 0, means, everywhere)
 
     def _warn_if_dying(self, used: float, perplexity: float) -> None:
         vocab_size = self.tokenizer.vocab_size

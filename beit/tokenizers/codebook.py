@@ -44,18 +44,34 @@ def imbalance(logits: Tensor) -> Tensor:
     return math.log(mean.numel()) - torch.special.entr(mean.clamp_min(1e-12)).sum()
 
 
+def feature_sums(features: Tensor, token_ids: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
+    """Sum (V, D) and number (V,) of the features (..., D) of the positions that chose each code."""
+    flat, ids = features.flatten(0, -2).float(), token_ids.flatten()
+    sums = flat.new_zeros(vocab_size, flat.shape[-1]).index_add_(0, ids, flat)
+    return sums, torch.bincount(ids, minlength=vocab_size)
+
+
 @torch.no_grad()
 def split_codes(
-    tokenizer: HasCodebook, dead: Tensor, parents: Tensor, *, noise: float, generator: Generator
+    tokenizer: HasCodebook,
+    dead: Tensor,
+    parents: Tensor,
+    *,
+    centres: Tensor,
+    noise: float,
+    generator: Generator,
 ) -> None:
     """Put each dead code beside a busy one: same encoder row and code vector, plus a little noise.
 
     A parent and its children share the parent's probability, so that a split without noise changes
-    nothing that the decoder sees; the noise lets them drift apart.
+    nothing that the decoder sees. The noise in a row is taken back by the bias at the middle of the
+    parent's positions, so that these are parted in two: features have a large common mean, and
+    without this one of the pair would get all of them and the other would be dead again.
 
     Args:
         dead: (n,) ids of the codes to revive.
         parents: (n,) ids to copy from, repeats allowed, none of them dead.
+        centres: (V, D) mean feature of the positions that chose each code.
         noise: standard deviation relative to that of the copied rows.
         generator: on the device of the codebook; in the same state on all ranks.
     """
@@ -65,8 +81,11 @@ def split_codes(
     bias[dead] = bias[parents]
     for table in (tokenizer.to_logits.weight, tokenizer.codebook):
         rows = table[parents]
-        draws = torch.empty_like(rows).normal_(generator=generator)
-        table[dead] = rows + noise * rows.std(unbiased=False) * draws
+        offsets = torch.empty_like(rows).normal_(generator=generator)
+        offsets *= noise * rows.std(unbiased=False)
+        table[dead] = rows + offsets
+        if table is tokenizer.to_logits.weight:
+            bias[dead] -= (offsets * centres[parents]).sum(dim=-1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +122,7 @@ class CodeRevival:
         tokenizer: HasCodebook,
         counts: Tensor,
         *,
+        centres: Tensor,
         state: Mapping[nn.Parameter, dict[str, Tensor]],
         generator: Generator,
     ) -> int:
@@ -111,6 +131,7 @@ class CodeRevival:
         Args:
             counts: (V,) usage over all ranks. Equal counts and generators give equal codebooks, so
                 the ranks need no word from each other.
+            centres: (V, D) mean feature of the positions that chose each code, over all ranks.
             state: the optimizer's: a child takes over its parent's moments.
         """
         alive = counts >= self.dead_below * counts.float().mean()
@@ -120,7 +141,9 @@ class CodeRevival:
             return 0
         weights = counts.float() * alive
         parents = torch.multinomial(weights, len(dead), replacement=True, generator=generator)
-        split_codes(tokenizer, dead, parents, noise=self.noise, generator=generator)
+        split_codes(
+            tokenizer, dead, parents, centres=centres, noise=self.noise, generator=generator
+        )
         for parameter in (tokenizer.to_logits.weight, tokenizer.to_logits.bias, tokenizer.codebook):
             for value in state.get(parameter, {}).values():
                 if value.shape == parameter.shape:  # the moments, not the step count

@@ -20,6 +20,7 @@ class DVAEOutput(NamedTuple):
 
     reconstructions: Tensor  # (B, 3, H, W) float32, around [-1, 1] but not clamped
     logits: Tensor  # (B, h, w, V) float32
+    features: Tensor  # (B, h, w, D) that the logits are linear in
 
 
 class ResidualBlock(nn.Module):
@@ -122,9 +123,11 @@ class DiscreteVAE(nn.Module):
 
         `generator` lives on the device of the images; without one the noise is torch's global.
         """
-        logits = self.to_logits(self.features(images)).float()
+        features = self.features(images)
+        logits = self.to_logits(features).float()
         codes = gumbel_softmax(logits, temperature=temperature, generator=generator)
-        return DVAEOutput(self._decode_codes(codes @ self.codebook).float(), logits)
+        reconstructions = self._decode_codes(codes @ self.codebook).float()
+        return DVAEOutput(reconstructions, logits, features)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
