@@ -1,4 +1,6 @@
-"""Print the installed versions as a constraints file: `.venv/bin/python scripts/freeze_constraints.py`.
+"""Print the installed versions as a constraints file.
+
+    .venv/bin/python scripts/freeze_constraints.py > constraints.txt
 
 CUDA packages are left out, so that CPU and GPU builds of torch both satisfy it, and so are local
 version suffixes (`+cpu`). A package that has dropped Python 3.10 is pinned for newer Pythons only.

@@ -65,8 +65,8 @@ def test_rates_against_a_fake_clock(tmp_path, kit, fit, accumulate):
         log_every_n_steps=3,
         val_check_interval=2,
     )
-    # each batch of 7 images: 3.25 s to come, 0.5 s to be tokenized, 1.25 s to learn from (11.25 s in
-    # the second epoch)
+    # each batch of 7 images: 3.25 s to come, 0.5 s to be tokenized, 1.25 s to learn from; the last
+    # is 11.25 s in the second epoch
     with (tmp_path / "metrics.csv").open() as file:
         logged = [r for r in csv.DictReader(file) if r["throughput/step_seconds"]]
     assert len(logged) == 4 // accumulate

@@ -61,6 +61,11 @@ def test_flat_folder_needs_no_classes_and_goes_deep(folder):
     assert source.labels is None
     assert source.load(0)[1] is None
     assert [source.name(i) for i in range(10)] == [str(path) for path in find_images(folder)]
+    for name in "gcaebdf":  # made in no order, as file systems list them
+        save(folder / "ape" / name / "0.png")
+    nested = FlatFolder(folder / "ape")
+    names = [nested.name(i) for i in range(len(nested))]
+    assert names == sorted(names, key=lambda name: name.rsplit("/", 1))
     save(folder / "top.png")
     only = FlatFolder(folder, recursive=False)
     assert [only.name(i) for i in range(len(only))] == [str(folder / "top.png")]

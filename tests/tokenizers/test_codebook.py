@@ -7,6 +7,7 @@ from torch import nn
 from beit.errors import UserError
 from beit.tokenizers.codebook import (
     CodeRevival,
+    feature_sums,
     gumbel_softmax,
     imbalance,
     kl_to_uniform,
@@ -55,9 +56,7 @@ def test_imbalance_of_a_hand_made_mean():
 
 def test_gumbel_softmax_draws_codes_as_often_as_softmax_says():
     logits = torch.tensor([2.0, 0.0, 1.0, -1.0])
-    samples = gumbel_softmax(
-        logits.expand(40_000, 4), temperature=0.3, generator=generator()
-    )
+    samples = gumbel_softmax(logits.expand(40_000, 4), temperature=0.3, generator=generator())
     assert torch.allclose(samples.sum(-1), torch.ones(40_000), atol=1e-5)
     shares = torch.bincount(samples.argmax(-1), minlength=4) / 40_000
     torch.testing.assert_close(shares, logits.softmax(-1), atol=0.01, rtol=0)
@@ -81,7 +80,9 @@ def test_a_split_without_noise_changes_nothing_that_the_decoder_sees():
         tables.to_logits.bias[dead] = -100.0  # never drawn
         before = tables.to_logits(features).softmax(-1)
         mixed_before = before @ tables.codebook
-        split_codes(tables, dead, parents, noise=0.0, generator=generator())
+        split_codes(
+            tables, dead, parents, centres=torch.ones(V, 11), noise=0.0, generator=generator()
+        )
         after = tables.to_logits(features).softmax(-1)
     torch.testing.assert_close(after @ tables.codebook, mixed_before)
     torch.testing.assert_close(after[:, 2], before[:, 2] / 3)
@@ -103,7 +104,11 @@ def test_revival_replaces_dead_codes_alone_by_neighbours_of_busy_ones_with_their
     counts[9] = 100_000  # so busy that it is drawn as the parent of both
     old = {name: value.clone() for name, value in tables.state_dict().items()}
     revived = revival(dead_below=0.001)(
-        tables, counts, state=optimizer.state, generator=generator()
+        tables,
+        counts,
+        centres=torch.zeros(V, 11),
+        state=optimizer.state,
+        generator=generator(),
     )
     assert revived == 2
     kept = [i for i in range(V) if i not in (0, 6)]
@@ -123,7 +128,7 @@ def test_two_ranks_with_the_same_counts_revive_alike():
     other.load_state_dict(one.state_dict())
     counts = torch.tensor([0, 3] * 6 + [5])
     for tables in (one, other):
-        revival()(tables, counts, state={}, generator=generator(4))
+        revival()(tables, counts, centres=torch.zeros(V, 11), state={}, generator=generator(4))
     for name, value in one.state_dict().items():
         assert torch.equal(value, other.state_dict()[name])
 
@@ -132,7 +137,9 @@ def test_two_ranks_with_the_same_counts_revive_alike():
 def test_nothing_to_revive(counts):
     tables = Codebook()
     old = tables.codebook.clone()
-    assert revival()(tables, counts, state={}, generator=generator()) == 0
+    assert (
+        revival()(tables, counts, centres=torch.zeros(V, 11), state={}, generator=generator()) == 0
+    )
     assert torch.equal(tables.codebook, old)
 
 
@@ -147,25 +154,27 @@ def test_wrong_settings_are_refused(wrong):
         revival(**wrong)
 
 
-def test_revival_recovers_a_collapsed_codebook():
-    """All features in one code: with revival a few rounds of k-means-like training use most."""
+def test_a_split_parts_the_parent_s_positions_even_where_features_share_a_large_mean():
     torch.manual_seed(0)
     tables = Codebook()
-    centres = 3 * torch.randn(V, 11)
+    features = torch.randn(400, 11) + 20 * torch.randn(11)
     with torch.no_grad():
-        tables.to_logits.bias[0] = 200.0
-    optimizer = torch.optim.Adam(tables.parameters(), lr=0.03)
-    decode = torch.randn(5, 11) / 5**0.5
-    for step in range(150):
-        x = centres[torch.randint(V, (64,), generator=generator(step))]
-        logits = tables.to_logits(x)
-        codes = gumbel_softmax(logits, temperature=0.5, generator=generator(step))
-        loss = (codes @ tables.codebook @ decode - x @ decode.T @ decode).pow(2).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        if step % 10 == 9 and step < 120:
-            counts = torch.bincount(logits.argmax(-1), minlength=V)
-            revival()(tables, counts, state=optimizer.state, generator=generator(step))
-    used = tables.to_logits(centres).argmax(-1).unique().numel()
-    assert used >= 7
+        tables.to_logits.bias[3] = 1000.0  # everything in one code
+        sums, counts = feature_sums(features, torch.full((400,), 3), V)
+        assert counts.tolist() == [400 * (code == 3) for code in range(V)]
+        dead, parents = torch.tensor([7]), torch.tensor([3])
+        centres = sums / counts.clamp_min(1)[:, None]
+        split_codes(tables, dead, parents, centres=centres, noise=0.1, generator=generator())
+        ids = tables.to_logits(features).argmax(-1)
+    assert set(ids.tolist()) == {3, 7}
+    assert 0.35 < (ids == 7).float().mean() < 0.65
+
+
+def test_feature_sums_against_a_loop():
+    features = torch.randn(7, 3, 5, 11, generator=generator())
+    ids = torch.randint(V - 1, (7, 3, 5), generator=generator())
+    sums, counts = feature_sums(features, ids, V)
+    for code in range(V):
+        chosen = features[ids == code]
+        assert counts[code] == len(chosen)
+        torch.testing.assert_close(sums[code], chosen.sum(0), atol=1e-5, rtol=1e-5)

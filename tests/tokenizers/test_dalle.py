@@ -46,8 +46,12 @@ def test_kernels_and_shapes_at_full_size():
 @pytest.fixture
 def small(monkeypatch, tmp_path):
     """The same network, narrow, with weights on disk."""
-    for name, value in {"VOCAB_SIZE": 13, "ENCODER_WIDTH": 8, "DECODER_WIDTH": 4,
-                        "DECODER_INPUT": 4}.items():
+    for name, value in {
+        "VOCAB_SIZE": 13,
+        "ENCODER_WIDTH": 8,
+        "DECODER_WIDTH": 4,
+        "DECODER_INPUT": 4,
+    }.items():
         monkeypatch.setattr(dalle, name, value)
     torch.manual_seed(0)
     paths = tmp_path / "encoder.pt", tmp_path / "decoder.pt"
@@ -93,7 +97,9 @@ def test_encode_and_decode_against_the_literal_network(small):
     assert torch.equal(ids, logits.argmax(1)) and len(ids.unique()) > 1
     one_hot = F.one_hot(ids, 13).permute(0, 3, 1, 2).float()
     out = literal(
-        dvae.decoder.state_dict(), one_hot, kernels=(1, 3, 3, 3),
+        dvae.decoder.state_dict(),
+        one_hot,
+        kernels=(1, 3, 3, 3),
         resize=lambda x: x.repeat_interleave(2, 2).repeat_interleave(2, 3),
     )
     expected = ((out[:, :3].sigmoid() - 0.1) / 0.8).clamp(0, 1)

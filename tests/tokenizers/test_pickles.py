@@ -66,10 +66,14 @@ def test_pickled_modules_give_their_state_dict(dall_e, tmp_path, zipped, outer, 
     torch.save(module, tmp_path / "a.pkl", _use_new_zipfile_serialization=zipped)
     tensors = read_tensors(tmp_path / "a.pkl", what="weights")
     expected = module.state_dict()
-    assert list(tensors) == list(expected) == [
-        "blocks.group_1.res_path.conv_1.w",
-        "blocks.group_1.res_path.conv_1.b",
-    ]
+    assert (
+        list(tensors)
+        == list(expected)
+        == [
+            "blocks.group_1.res_path.conv_1.w",
+            "blocks.group_1.res_path.conv_1.b",
+        ]
+    )
     for name, value in expected.items():
         assert torch.equal(tensors[name], value)
 
@@ -80,7 +84,8 @@ def test_tensors_only_files(tmp_path, zipped):
     save_file(tensors, tmp_path / "a.safetensors")
     torch.save(tensors, tmp_path / "a.pt", _use_new_zipfile_serialization=zipped)
     torch.save(
-        {"state_dict": OrderedDict(tensors)}, tmp_path / "a.pth",
+        {"state_dict": OrderedDict(tensors)},
+        tmp_path / "a.pth",
         _use_new_zipfile_serialization=zipped,
     )
     for suffix in ("safetensors", "pt", "pth"):
