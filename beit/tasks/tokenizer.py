@@ -178,7 +178,7 @@ class DiscreteVAETraining(L.LightningModule):
         self.recent_counts += _over_ranks(counts)
 
     def _centres(self) -> Tensor:
-        """(V, D) mean features by code of the latest micro-batch, of all positions where it is unused."""
+        """(V, D): mean feature of each code in the latest micro-batch; of all where unused."""
         sums, counts = map(_over_ranks, feature_sums(*self._latest, self.tokenizer.vocab_size))
         everywhere = sums.sum(dim=0) / counts.sum()
         means = sums / counts.clamp_min(1)[:, None]
@@ -189,8 +189,8 @@ class DiscreteVAETraining(L.LightningModule):
         mend = "raise task.balance_weight, let task.revival work more often, or take fewer codes"
         if used < self.min_used_share:
             log.warning(
-                "the codebook is dying: %.1f %% of %d codes are used on held-out images (perplexity "
-                "%.0f), expected at least %.0f %%; %s",
+                "the codebook is dying: %.1f %% of %d codes are used on held-out images "
+                "(perplexity %.0f), expected at least %.0f %%; %s",
                 *(100 * used, vocab_size, perplexity, 100 * self.min_used_share, mend),
             )
         elif perplexity < 0.5 * self._best_perplexity:

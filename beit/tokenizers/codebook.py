@@ -77,7 +77,7 @@ def split_codes(
     """
     family = torch.bincount(parents, minlength=tokenizer.vocab_size) + 1
     bias = tokenizer.to_logits.bias
-    bias -= family.to(bias.dtype).log()
+    bias.sub_(family.to(bias.dtype).log())
     bias[dead] = bias[parents]
     for table in (tokenizer.to_logits.weight, tokenizer.codebook):
         rows = table[parents]
@@ -123,7 +123,7 @@ class CodeRevival:
         counts: Tensor,
         *,
         centres: Tensor,
-        state: Mapping[nn.Parameter, dict[str, Tensor]],
+        state: Mapping[Tensor, dict[str, Tensor]],
         generator: Generator,
     ) -> int:
         """Split busy codes, drawn by usage, into the dead ones. Returns how many revived.

@@ -1,7 +1,7 @@
 """The tokenizer BEiT was pretrained with: DALL-E's discrete VAE (Ramesh et al., arXiv 2102.12092).
 
-Rebuilt from its published architecture, with its parameter names; the weights come from files that the
-user gives. 8,192 codes, one for 8x8 pixels.
+Rebuilt from its published architecture, with its parameter names; the weights come from files that
+the user gives. 8,192 codes, one for 8x8 pixels.
 """
 
 import hashlib
@@ -167,8 +167,8 @@ class DalleTokenizer(nn.Module):
         super().__init__()
         if (vocab_size, stride) != (VOCAB_SIZE, STRIDE):
             raise UserError(
-                f"vocab_size {vocab_size}, stride {stride}: DALL-E's tokenizer has {VOCAB_SIZE} and "
-                f"{STRIDE}, and no others; leave them out"
+                f"vocab_size {vocab_size}, stride {stride}: DALL-E's tokenizer has {VOCAB_SIZE} "
+                f"and {STRIDE}, and no others; leave them out"
             )
         self.vocab_size = vocab_size
         self.stride = stride

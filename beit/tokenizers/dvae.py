@@ -1,9 +1,11 @@
 """Our own discrete VAE: convolutional encoder, Gumbel-softmax over a codebook, mirrored decoder.
 
-BEiT (section 2.1) took its visual tokens from DALL-E's discrete VAE; its own re-trained one (table 8)
-cost 0.16 points. No training script was released for either, so the sizes and schedules here are ours.
+BEiT (section 2.1) took its visual tokens from DALL-E's discrete VAE; its own re-trained one (table
+8) cost 0.16 points. No training script was released for either: the sizes and schedules are ours.
 """
 
+import itertools
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -13,6 +15,8 @@ from torch import Generator, Tensor, nn
 from beit.checkpoint import load_part, read_checkpoint
 from beit.errors import UserError
 from beit.tokenizers.codebook import gumbel_softmax
+
+INITIAL_LOGIT_STD = 3.0  # well above the 1.28 of the Gumbel noise
 
 
 class DVAEOutput(NamedTuple):
@@ -47,12 +51,15 @@ class DiscreteVAE(nn.Module):
     blocks stand: most of the work is done on few positions.
 
     Args:
-        image_size: [H, W] it is trained on, or a number for both; being convolutional, it takes others.
-        stride: pixels a token covers, a power of two: 4 gives 8x8 tokens at 32 px, 8 gives 14x14 at 112.
+        image_size: [H, W] it is trained on, or a number for both; it takes other sizes too.
+        stride: pixels a token covers, a power of two; 4: 8x8 tokens at 32 px, 8: 14x14 at 112 px.
         vocab_size: V.
         codebook_dim: width of a code.
         hidden_dim: channels on the token grid.
         num_res_blocks: residual blocks in the encoder, and as many in the decoder.
+        normalize_features: batch-normalise what the logits are linear in, and start from logits of
+            standard deviation `INITIAL_LOGIT_STD`. Nearly all codes then take part from the first
+            step; without it positions differ too little and a few codes win (docs/tokenizer.md).
     """
 
     value_range = (-1.0, 1.0)
@@ -66,6 +73,7 @@ class DiscreteVAE(nn.Module):
         codebook_dim: int,
         hidden_dim: int,
         num_res_blocks: int,
+        normalize_features: bool = False,
     ) -> None:
         super().__init__()
         levels = stride.bit_length() - 1
@@ -88,6 +96,7 @@ class DiscreteVAE(nn.Module):
         self.codebook_dim = codebook_dim
         self.hidden_dim = hidden_dim
         self.num_res_blocks = num_res_blocks
+        self.normalize_features = normalize_features
         self.grid(self.image_size)
 
         widths = [hidden_dim >> i for i in reversed(range(levels))]  # e.g. 32, 64, 128
@@ -95,15 +104,20 @@ class DiscreteVAE(nn.Module):
         # a linear layer over channels-last features: softmax over a contiguous last axis is several
         # times faster than over the second axis of (B, V, h, w)
         self.to_logits = nn.Linear(hidden_dim, vocab_size)
+        if normalize_features:
+            self.encoder.append(nn.BatchNorm2d(hidden_dim, affine=False))
+            nn.init.normal_(self.to_logits.weight, std=INITIAL_LOGIT_STD / math.sqrt(hidden_dim))
+            nn.init.zeros_(self.to_logits.bias)
         self.codebook = nn.Parameter(torch.randn(vocab_size, codebook_dim))
         self.decoder = _decoder(widths, codebook_dim, num_res_blocks)
-        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.to(memory_format=torch.channels_last)
 
     def extra_repr(self) -> str:
         return (
             f"image_size={self.image_size}, stride={self.stride}, vocab_size={self.vocab_size}, "
             f"codebook_dim={self.codebook_dim}, hidden_dim={self.hidden_dim}, "
-            f"num_res_blocks={self.num_res_blocks}, value_range={self.value_range}"
+            f"num_res_blocks={self.num_res_blocks}, "
+            f"normalize_features={self.normalize_features}, value_range={self.value_range}"
         )
 
     def grid(self, image_size: tuple[int, int]) -> tuple[int, int]:
@@ -159,7 +173,7 @@ def _decoder(widths: list[int], codebook_dim: int, num_res_blocks: int) -> nn.Se
     layers: list[nn.Module] = [nn.Conv2d(codebook_dim, widths[-1], 1)]
     layers += [ResidualBlock(widths[-1]) for _ in range(num_res_blocks)]
     downward = [*reversed(widths), max(widths[0] // 2, 3)]
-    for source, target in zip(downward[:-1], downward[1:], strict=True):
+    for source, target in itertools.pairwise(downward):
         layers += [nn.ConvTranspose2d(source, target, 4, stride=2, padding=1), nn.ReLU()]
     return nn.Sequential(*layers, nn.Conv2d(downward[-1], 3, 1))
 

@@ -1,9 +1,9 @@
 """Tensors out of weight files, the original DALL-E pickles among them, without running their code.
 
-`encoder.pkl` and `decoder.pkl` are whole module objects: plain unpickling would import `dall_e` and run
-whatever a file names. Here torch's weights-only unpickler reads the zip format. It refuses every class
-and function but tensors, plain containers and the few classes below, which are given inert stand-ins.
-The older format goes to `LegacyUnpickler`, as strict: torch's own does not read modules from it.
+`encoder.pkl` and `decoder.pkl` are whole module objects: plain unpickling would import `dall_e` and
+run whatever a file names. Here torch's weights-only unpickler reads the zip format. It refuses
+every class and function but tensors, plain containers and the few classes below, which are given
+inert stand-ins. The older format goes to `LegacyUnpickler`: torch's own reads no modules from it.
 """
 
 import math

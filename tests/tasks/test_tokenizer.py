@@ -46,32 +46,32 @@ def task(**changes):
     dvae = DiscreteVAE(
         image_size=[24, 40], stride=8, vocab_size=V, codebook_dim=5, hidden_dim=24, num_res_blocks=1
     )
-    arguments = dict(
-        optim=AdamWRecipe(lr=1e-3, min_lr=1e-4, weight_decay=0.0),
-        seed=3,
-        start_temperature=1.0,
-        end_temperature=0.25,
-        temperature_anneal_share=0.5,
-        kl_weight=0.1,
-        kl_warmup_share=0.2,
-        balance_weight=0.01,
-        revival=None,
-        min_used_share=0.0,
-    )
+    arguments = {
+        "optim": AdamWRecipe(lr=1e-3, min_lr=1e-4, weight_decay=0.0),
+        "seed": 3,
+        "start_temperature": 1.0,
+        "end_temperature": 0.25,
+        "temperature_anneal_share": 0.5,
+        "kl_weight": 0.1,
+        "kl_warmup_share": 0.2,
+        "balance_weight": 0.01,
+        "revival": None,
+        "min_used_share": 0.0,
+    }
     return DiscreteVAETraining(dvae, **(arguments | changes))
 
 
 def trainer(tmp_path, **changes):
-    arguments = dict(
-        accelerator="cpu",
-        max_epochs=2,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=tmp_path,
-        num_sanity_val_steps=0,
-    )
+    arguments = {
+        "accelerator": "cpu",
+        "max_epochs": 2,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "default_root_dir": tmp_path,
+        "num_sanity_val_steps": 0,
+    }
     return L.Trainer(**(arguments | changes))
 
 
@@ -129,12 +129,14 @@ def test_noise_depends_on_seed_step_micro_batch_and_rank_alone(tmp_path):
             torch.manual_seed(99)
         fit(tmp_path, module)
         results.append(module.tokenizer.codebook.detach())
-    assert torch.equal(results[0], results[1]) and not torch.equal(results[0], results[2])
+    assert torch.equal(results[0], results[1])
+    assert not torch.equal(results[0], results[2])
     draws = [torch.rand(3, generator=module._generator("gumbel", i)) for i in (0, 0, 1)]
-    assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
+    assert torch.equal(draws[0], draws[1])
+    assert not torch.equal(draws[0], draws[2])
 
 
-@pytest.mark.parametrize("accumulate, expected", [(1, 7 * 15 * 2), (3, 7 * 15 * 6)])
+@pytest.mark.parametrize(("accumulate", "expected"), [(1, 7 * 15 * 2), (3, 7 * 15 * 6)])
 def test_usage_is_counted_between_optimizer_steps_that_revive(tmp_path, accumulate, expected):
     seen = []
 
@@ -175,7 +177,8 @@ def test_the_remedy_brings_a_collapsed_codebook_back(tmp_path):
 def test_a_dying_codebook_is_said_out_loud(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, logger="beit"):
         fit(tmp_path, collapsed(min_used_share=0.5), max_epochs=1)
-    assert "codebook is dying" in caplog.text and "of 13 codes are used" in caplog.text
+    assert "codebook is dying" in caplog.text
+    assert "of 13 codes are used" in caplog.text
     caplog.clear()
     module = task()
     module._warn_if_dying(used=1.0, perplexity=12.0)

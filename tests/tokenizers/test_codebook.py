@@ -90,7 +90,7 @@ def test_a_split_without_noise_changes_nothing_that_the_decoder_sees():
 
 
 def revival(**changes):
-    arguments = dict(every_steps=5, until_share=0.5, dead_below=0.1, noise=0.1) | changes
+    arguments = {"every_steps": 5, "until_share": 0.5, "dead_below": 0.1, "noise": 0.1} | changes
     return CodeRevival(**arguments)
 
 
