@@ -47,3 +47,6 @@ def quiet_lightning() -> None:
     warnings.filterwarnings("ignore", message=r".*LeafSpec.*is deprecated.*")
     # our sampler finds its place by itself
     warnings.filterwarnings("ignore", message=r".*dataloader is not resumable.*")
+    warnings.filterwarnings("ignore", message=r".*ended before the epoch ended.*")
+    # a run without validation images
+    warnings.filterwarnings("ignore", message=r".*Total length of `list` across ranks is zero.*")

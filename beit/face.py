@@ -4,10 +4,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
 from beit import config, runner
 from beit.console import log_to_console
+from beit.errors import UserError
+from beit.explain import explain
 from beit.predictor import ImageClassifier
 
 
@@ -17,7 +21,10 @@ def train(*overrides: str) -> dict[str, float]:
     Raises UserError for what the config gets wrong, before any training.
     """
     log_to_console()
-    return runner.fit(config.compose(list(overrides)))
+    try:
+        return runner.fit(config.compose(list(overrides)))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(explain(error, list(overrides))) from error
 
 
 def evaluate(checkpoint: str | Path, *overrides: str) -> dict[str, float]:

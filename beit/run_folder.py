@@ -26,16 +26,17 @@ def holds_a_run(folder: Path) -> bool:
     return (folder / CONFIG_FILE).exists() or (folder / "checkpoints").exists()
 
 
-def claim(folder: Path, *, resume: str | None) -> None:
-    """Make the folder of a new run, or go back to the one that is resumed.
-
-    Raises UserError where another run lives there, or where it cannot be written.
-    """
+def check_free(folder: Path, *, resume: str | None) -> None:
+    """Raises UserError where another run lives in the folder of a new one."""
     if holds_a_run(folder) and resume is None:
         raise UserError(
             f"{folder} already holds a run: give this one another name (name=...), go on with "
             "that one (resume=auto), or move it away"
         )
+
+
+def make(folder: Path) -> None:
+    """Make the folder of a run; UserError where it cannot be made."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

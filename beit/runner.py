@@ -17,6 +17,7 @@ from beit.callbacks.record import ConfigRecord
 from beit.checkpoint import Checkpoint, initialise_backbone, load_part, read_checkpoint
 from beit.console import quiet_lightning, write_log_to
 from beit.errors import UserError
+from beit.tasks.planning import plan
 
 log = logging.getLogger(__name__)
 
@@ -30,14 +31,16 @@ def fit(cfg: DictConfig) -> dict[str, float]:
     world_size = config.settle_devices(cfg)
     folder = Path(cfg.paths.output_dir)
     if rank_zero_only.rank == 0:
-        run_folder.claim(folder, resume=cfg.resume)
+        run_folder.check_free(folder, resume=cfg.resume)
+    checkpoint = run_folder.resume_from(folder, cfg.resume)
     quiet_lightning()
     torch.set_float32_matmul_precision("high")
     L.seed_everything(cfg.seed, workers=False, verbose=False)
     task, data = build(cfg, world_size)
     settled = config.plain(cfg)
+    if rank_zero_only.rank == 0:  # only now: what is refused leaves nothing behind
+        run_folder.make(folder)
     trainer = build_trainer(cfg, settled)
-    checkpoint = run_folder.resume_from(folder, cfg.resume)
     with _run_log(folder, cfg):
         _announce(cfg, task, world_size)
         trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=True)
@@ -52,6 +55,7 @@ def build(cfg: DictConfig, world_size: int) -> tuple[L.LightningModule, L.Lightn
     config.settle_classes(cfg, len(getattr(data, "classes", None) or ()))
     data.check(world_size=world_size, accumulate=cfg.trainer.accumulate_grad_batches)
     task = config.instantiate(cfg.task)
+    task.optim.warmup_length(*_plan(cfg, data, world_size))
     if cfg.init_from:
         backbone = getattr(task, "backbone", None)
         if backbone is None:
@@ -61,6 +65,18 @@ def build(cfg: DictConfig, world_size: int) -> tuple[L.LightningModule, L.Lightn
         report = initialise_backbone(backbone, cfg.init_from)
         log.info("init_from %s\n%s", cfg.init_from, report)
     return task, data
+
+
+def _plan(cfg: DictConfig, data: L.LightningDataModule, world_size: int) -> tuple[int, int]:
+    """Optimizer steps of an epoch and of the run, before there is a trainer."""
+    accumulate = cfg.trainer.accumulate_grad_batches
+    return plan(
+        data.steps_per_epoch(world_size=world_size, accumulate=accumulate),
+        accumulate=accumulate,
+        limit=cfg.trainer.get("limit_train_batches"),
+        max_epochs=cfg.trainer.max_epochs,
+        max_steps=cfg.trainer.max_steps,
+    )
 
 
 def build_trainer(cfg: DictConfig, settled: dict[str, Any]) -> L.Trainer:

@@ -13,7 +13,7 @@ TINY = [
     "loader.check_images=3",
     "batch.global_size=32",
     "batch.per_device=32",
-    "trainer.max_steps=6",
+    "trainer.limit_train_batches=3",
     "trainer.max_epochs=2",
     "trainer.limit_val_batches=2",
     "trainer.log_every_n_steps=1",
@@ -27,7 +27,7 @@ TINY_VIT = [
     "model.drop_path_rate=0.0",
     "optim.warmup_epochs=0",
 ]
-TINY_TOKENIZER = ["task=tokenizer", "tokenizer=dvae_tiny", "tokenizer.hidden_dim=16"]
+TINY_TOKENIZER = ["task=tokenizer", "tokenizer=dvae_tiny", "tokenizer.hidden_dim=16", "optim.warmup_steps=2"]
 TINY_MIM = [
     "task=mim",
     "tokenizer=trained",

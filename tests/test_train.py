@@ -141,7 +141,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     runs: Path, tiny: Words, tmp_path: Path
 ) -> None:
     path = f"tokenizer.path={last(runs / 'tokenizer')}"
-    words = [*tiny["mim"], path, "trainer.max_steps=-1", "trainer.limit_train_batches=3"]
+    words = [*tiny["mim"], path]
     words += [f"paths.runs_dir={tmp_path}", "trainer.max_epochs=3"]
     beit.train(*words, "name=whole", "callbacks.last_checkpoint.save_top_k=-1")
     first = next((tmp_path / "whole" / "checkpoints").glob("epoch0000*.ckpt"))

@@ -83,13 +83,7 @@ class AdamWRecipe:
         Raises:
             UserError: no steps, or a warm-up longer than the run.
         """
-        warmup_steps = self.warmup_steps or round(self.warmup_epochs * steps_per_epoch)
-        _require(total_steps > 0, f"total_steps {total_steps} must be at least 1")
-        _require(
-            warmup_steps <= total_steps,
-            f"warm-up of {warmup_steps} steps is longer than the run of {total_steps} steps;"
-            " shorten the warm-up or train longer",
-        )
+        warmup_steps = self.warmup_length(steps_per_epoch, total_steps)
         groups = parameter_groups(
             modules, weight_decay=self.weight_decay, layer_decay=self.layer_decay, depth=depth
         )
@@ -110,6 +104,18 @@ class AdamWRecipe:
             min_lr=self.min_lr / self.lr,
         )
         return optimizer, LambdaLR(optimizer, lambda step: factor(step))
+
+
+    def warmup_length(self, steps_per_epoch: float, total_steps: int) -> int:
+        """Optimizer steps of the warm-up; UserError where the run is shorter than that."""
+        warmup_steps = self.warmup_steps or round(self.warmup_epochs * steps_per_epoch)
+        _require(total_steps > 0, f"total_steps {total_steps} must be at least 1")
+        _require(
+            warmup_steps <= total_steps,
+            f"warm-up of {warmup_steps} steps is longer than the run of {total_steps} steps;"
+            " shorten the warm-up or train longer",
+        )
+        return warmup_steps
 
 
 def _supports_fused(groups: list[dict]) -> bool:

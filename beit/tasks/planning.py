@@ -14,23 +14,52 @@ from beit.optim.recipe import AdamWRecipe
 
 def planned_steps(trainer: L.Trainer) -> tuple[int, int]:
     """(optimizer steps of an epoch, of the whole run)."""
-    steps_per_epoch = trainer.datamodule.steps_per_epoch(
-        world_size=trainer.world_size, accumulate=trainer.accumulate_grad_batches
+    accumulate = trainer.accumulate_grad_batches
+    full = trainer.datamodule.steps_per_epoch(world_size=trainer.world_size, accumulate=accumulate)
+    # Lightning turns a limit that was not given into 1.0, the whole
+    return plan(
+        full,
+        accumulate=accumulate,
+        limit=trainer.limit_train_batches,
+        max_epochs=trainer.max_epochs,
+        max_steps=trainer.max_steps,
     )
-    limits = []
-    if trainer.max_epochs is not None and trainer.max_epochs > 0:
-        limits.append(steps_per_epoch * trainer.max_epochs)
-    if trainer.max_steps > 0:
-        limits.append(trainer.max_steps)
-    return steps_per_epoch, min(limits)
+
+
+def plan(
+    full_steps: int,
+    *,
+    accumulate: int,
+    limit: float | int | None,
+    max_epochs: int | None,
+    max_steps: int,
+) -> tuple[int, int]:
+    """(optimizer steps of an epoch, of the whole run) of a Trainer with these limits.
+
+    Args:
+        full_steps: optimizer steps of an epoch of all the data.
+        limit: Trainer's `limit_train_batches`: micro-batches, or a share in [0, 1].
+        max_epochs, max_steps: -1 is no limit, and max_epochs None neither.
+    """
+    micro_batches = full_steps * accumulate
+    if isinstance(limit, int):
+        micro_batches = min(micro_batches, limit)
+    elif limit is not None:
+        micro_batches = int(micro_batches * limit)
+    epoch = micro_batches // accumulate
+    limits = [max_steps] if max_steps > 0 else []
+    if max_epochs is not None and max_epochs > 0:
+        limits.append(epoch * max_epochs)
+    assert limits, "the config asks for one of the two"
+    return epoch, min(limits)
 
 
 def configure_adamw(task: L.LightningModule, recipe: AdamWRecipe, **modules: nn.Module) -> Any:
     """What `configure_optimizers` returns: AdamW, and its schedule taken once per step."""
-    steps_per_epoch, total_steps = planned_steps(task.trainer)
+    steps_per_epoch, total = planned_steps(task.trainer)
     depth = max(getattr(module, "depth", 0) for module in modules.values())
     optimizer, schedule = recipe.build(
-        modules, steps_per_epoch=steps_per_epoch, total_steps=total_steps, depth=depth
+        modules, steps_per_epoch=steps_per_epoch, total_steps=total, depth=depth
     )
     return {
         "optimizer": optimizer,

@@ -1,0 +1,32 @@
+"""Optimizer steps by hand, and against what Lightning then really does."""
+
+import pytest
+
+from beit.tasks.planning import plan
+
+
+@pytest.mark.parametrize(
+    ("full", "accumulate", "limit", "max_epochs", "max_steps", "expected"),
+    [
+        (10, 1, None, 3, -1, (10, 30)),
+        (10, 1, 1.0, 3, -1, (10, 30)),
+        (10, 1, 0.5, 3, -1, (5, 15)),
+        (10, 2, 7, 3, -1, (3, 9)),
+        (10, 2, 100, 3, -1, (10, 30)),
+        (10, 1, None, 3, 12, (10, 12)),
+        (10, 1, None, -1, 12, (10, 12)),
+        (10, 1, None, None, 12, (10, 12)),
+    ],
+)
+def test_plan_by_hand(
+    full: int,
+    accumulate: int,
+    limit: float | int | None,
+    max_epochs: int | None,
+    max_steps: int,
+    expected: tuple[int, int],
+) -> None:
+    found = plan(
+        full, accumulate=accumulate, limit=limit, max_epochs=max_epochs, max_steps=max_steps
+    )
+    assert found == expected
