@@ -73,8 +73,10 @@ def train(arguments: list[str]) -> int:
     config.register()
     log_to_console()
     codes: list[int] = []
+    typed = sys.argv
 
     def run(cfg: DictConfig) -> float | None:
+        sys.argv = typed  # Lightning starts the other ranks with these words
         code, metrics = _run_member(cfg)
         codes.append(code)
         return metrics.get("val/loss")
@@ -101,8 +103,11 @@ def _run_member(cfg: Any) -> tuple[int, dict[str, float]]:
     from beit import runner
     from beit.explain import explain
 
-    if HydraConfig.get().mode == RunMode.MULTIRUN:
-        cfg.paths.output_dir = HydraConfig.get().runtime.output_dir
+    hydra = HydraConfig.get()
+    if hydra.mode == RunMode.MULTIRUN:
+        cfg.paths.output_dir = hydra.runtime.output_dir
+        folder = f"paths.output_dir={cfg.paths.output_dir}"
+        sys.argv = [sys.argv[0], "train", *hydra.overrides.task, folder]
     try:
         return 0, runner.fit(cfg)
     except UserError as error:

@@ -26,7 +26,8 @@ def test_two_processes_are_one(runs: Path, tiny: Words, tmp_path: Path) -> None:
     words = [*tiny["mim"], path]
     one = run(words, tmp_path, "one")
     two = run([*words, "trainer=ddp_cpu", "batch.per_device=16"], tmp_path, "two")
-    split = run([*words, "trainer=ddp_cpu", "batch.per_device=8"], tmp_path, "split")
+    halves = ["trainer=ddp_cpu", "batch.per_device=8", "trainer.limit_train_batches=6"]
+    run([*words, *halves], tmp_path, "split")
     assert len(one) == 6
     assert two == pytest.approx(one, abs=2e-6)
     # of an accumulated step the log has the last micro-batch; the weights tell whether it was right
@@ -39,4 +40,3 @@ def test_two_processes_are_one(runs: Path, tiny: Words, tmp_path: Path) -> None:
     for key, expected in weights[0].items():
         for other in weights[1:]:
             assert (other[key] - expected).abs().max() < 2e-5, key
-    assert len(split) >= 6
