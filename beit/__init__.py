@@ -12,20 +12,16 @@ Importing the package loads nothing heavy: torch and lightning come with the fir
 """
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from beit.face import create_model, evaluate, load_model, predict, train
 
 __version__ = "0.1.0"
-_FACE = {
-    "train": "beit.face",
-    "evaluate": "beit.face",
-    "predict": "beit.face",
-    "load_model": "beit.face",
-    "create_model": "beit.face",
-}
-__all__ = ["__version__", *_FACE]
+__all__ = ["__version__", "create_model", "evaluate", "load_model", "predict", "train"]
 
 
 def __getattr__(name: str) -> Any:
-    if name in _FACE:
-        return getattr(import_module(_FACE[name]), name)
+    if name in __all__:
+        return getattr(import_module("beit.face"), name)
     raise AttributeError(f"module 'beit' has no attribute {name!r}")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from beit import __version__
 from beit.errors import UserError
 from beit.models.transfer import TransferReport, adapt_backbone
+from beit.models.vit import VisionTransformer
 
 log = logging.getLogger(__name__)
 
@@ -99,7 +100,7 @@ def load_part(module: nn.Module, checkpoint: Checkpoint, prefix: str) -> None:
     module.load_state_dict(tensors)
 
 
-def initialise_backbone(backbone: nn.Module, path: str | Path) -> TransferReport:
+def initialise_backbone(backbone: VisionTransformer, path: str | Path) -> TransferReport:
     """Start a backbone from the weights of another run; returns what was and was not carried over.
 
     Bias tables and position embeddings are resized to the new grid, a shared table is copied into

@@ -7,7 +7,8 @@ arguments. Hydra refuses an unknown key in a node that a schema describes; the n
 
 import functools
 import logging
-from collections.abc import Iterator
+import pydoc
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,22 @@ from omegaconf import MISSING, DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from beit.errors import UserError
+from beit.sizes import patch_grid
 
 log = logging.getLogger(__name__)
 
 PACKAGE_DIR = Path(__file__).resolve().parent
 
 # what a `_target_` may name: a config file must not be able to call whatever it likes
-ALLOWED_TARGETS = ("beit.", "datetime.timedelta", "torch.", "torchvision.", "torchmetrics.", "lightning.", "timm.")
+ALLOWED_TARGETS = (
+    "beit.",
+    "datetime.timedelta",
+    "torch.",
+    "torchvision.",
+    "torchmetrics.",
+    "lightning.",
+    "timm.",
+)
 
 
 def config_dir() -> Path:
@@ -84,29 +94,6 @@ class TrainConfig:
     logger: Any = None
 
 
-def pair(size: Any) -> tuple[int, int]:
-    """An image size given as one number or as [height, width]."""
-    return (int(size), int(size)) if isinstance(size, int) else (int(size[0]), int(size[1]))
-
-
-def patch_grid(image_size: Any, patch_size: int) -> tuple[int, int]:
-    """(h, w) patches of an image; UserError where the patch does not divide it."""
-    height, width = pair(image_size)
-    if height < patch_size or width < patch_size:
-        raise UserError(
-            f"model.image_size={height}x{width} is smaller than model.patch_size={patch_size}: "
-            "enlarge the image or take a smaller patch"
-        )
-    if height % patch_size or width % patch_size:
-        raise UserError(
-            f"model.image_size={height}x{width} does not divide into patches of "
-            f"model.patch_size={patch_size}: choose multiples of {patch_size}, for example "
-            f"{max(1, round(height / patch_size)) * patch_size}x"
-            f"{max(1, round(width / patch_size)) * patch_size}"
-        )
-    return height // patch_size, width // patch_size
-
-
 @functools.lru_cache(maxsize=8)
 def _checkpoint_config(path: str) -> dict[str, Any]:
     from beit.checkpoint import read_checkpoint
@@ -126,7 +113,7 @@ def _checkpoint_value(path: str, key: str) -> Any:
 def register() -> None:
     """Make the schema and the resolvers known to Hydra. May be called again."""
     ConfigStore.instance().store(name="train_schema", node=TrainConfig)
-    resolvers = {
+    resolvers: dict[str, Callable[..., Any]] = {
         "grid": lambda image, patch: list(patch_grid(image, patch)),
         "token_size": lambda image, patch, stride: [
             side * stride for side in patch_grid(image, patch)
@@ -150,7 +137,8 @@ def compose(overrides: list[str], *, config_name: str = "train") -> DictConfig:
 
 def plain(cfg: DictConfig) -> dict[str, Any]:
     """The config as dicts, lists and scalars, every interpolation resolved."""
-    return OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    content: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    return content
 
 
 def instantiate(node: Any, **extra: Any) -> Any:
@@ -158,6 +146,8 @@ def instantiate(node: Any, **extra: Any) -> Any:
 
     Raises UserError where a target is not allowed, does not exist, or refuses its arguments.
     """
+    if isinstance(node, dict):
+        node = OmegaConf.create(node)
     if OmegaConf.is_config(node):  # Hydra itself cannot resolve an interpolation into a list
         node = OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
     _check_targets(node)
@@ -177,14 +167,31 @@ def _check_targets(node: Any) -> None:
         for item in node:
             _check_targets(item)
     elif isinstance(node, dict):
-        target = node.get("_target_")
-        if target is not None and not str(target).startswith(ALLOWED_TARGETS):
+        if "_target_" in node and not _is_allowed(str(node["_target_"])):
             raise UserError(
-                f"_target_: {target} is not allowed: a config may name only "
-                f"{', '.join(prefix + '*' for prefix in ALLOWED_TARGETS)}"
+                f"_target_: {node['_target_']} is not allowed: a config may name only functions "
+                f"of beit, and classes of {', '.join(prefix + '*' for prefix in ALLOWED_TARGETS)}"
             )
         for value in node.values():
             _check_targets(value)
+    elif isinstance(node, str) and "${" in node:
+        # an escaped interpolation: Hydra would resolve it after this check
+        raise UserError(f"{node}: a value that is built from may not hold an interpolation")
+
+
+def _is_allowed(target: str) -> bool:
+    """By where it is defined, not only by its name: beit.cli.os.system is another's function."""
+    if not target.startswith(ALLOWED_TARGETS):
+        return False
+    try:
+        found = pydoc.locate(target)
+    except pydoc.ErrorDuringImport:
+        found = None
+    if found is None:
+        return True  # Hydra says what is wrong with the name
+    home = f"{getattr(found, '__module__', '')}.{getattr(found, '__qualname__', '')}"
+    # functions of other packages do more than build: torch.hub.load runs what it downloads
+    return home.startswith(ALLOWED_TARGETS if isinstance(found, type) else "beit.")
 
 
 def accumulation(*, global_size: int, per_device: int, devices: int) -> int:
@@ -239,13 +246,16 @@ def settle_classes(cfg: DictConfig, found: int) -> None:
         cfg.data.num_classes = found
 
 
-def _missing_keys(node: Any, prefix: str = "") -> Iterator[str]:
-    """Keys without a value, in order; OmegaConf's own search stumbles over interpolations."""
+def dotted_keys(node: Any, prefix: str = "") -> Iterator[tuple[str, bool]]:
+    """Every key in order, and whether its value is missing; interpolations are not followed.
+
+    OmegaConf's own search for missing keys stumbles over interpolations.
+    """
     for key in node if OmegaConf.is_dict(node) else ():
-        if OmegaConf.is_missing(node, key):
-            yield f"{prefix}{key}"
-        elif not OmegaConf.is_interpolation(node, key):
-            yield from _missing_keys(node[key], f"{prefix}{key}.")
+        missing = OmegaConf.is_missing(node, key)
+        yield f"{prefix}{key}", missing
+        if not missing and not OmegaConf.is_interpolation(node, key):
+            yield from dotted_keys(node[key], f"{prefix}{key}.")
 
 
 def check(cfg: DictConfig) -> None:
@@ -253,8 +263,9 @@ def check(cfg: DictConfig) -> None:
     strangers = sorted(set(cfg) - {entry.name for entry in fields(TrainConfig)})
     if strangers:
         raise UserError(f"{strangers[0]} is not a key of a training config: see beit train --help")
-    for key in _missing_keys(cfg):
-        raise UserError(f"{key} has no value: give it, as in {key}=VALUE")
+    for key, missing in dotted_keys(cfg):
+        if missing:
+            raise UserError(f"{key} has no value: give it, as in {key}=VALUE")
     if cfg.resume and cfg.init_from:
         raise UserError(
             f"resume={cfg.resume} and init_from={cfg.init_from} exclude each other: resume goes "
@@ -264,6 +275,8 @@ def check(cfg: DictConfig) -> None:
         value = cfg.trainer.get(key)
         if value is not None and (not isinstance(value, int) or value == 0 or value < -1):
             raise UserError(f"trainer.{key}={value}: expected a positive whole number")
+    if not any((cfg.trainer.get(key) or -1) > 0 for key in ("max_epochs", "max_steps")):
+        raise UserError("trainer.max_epochs and trainer.max_steps are both -1: give one of them")
     if cfg.model is not None:
         patch_grid(cfg.model.image_size, cfg.model.patch_size)
 

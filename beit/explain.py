@@ -2,12 +2,9 @@
 
 import difflib
 import re
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from hydra.errors import HydraException, MissingConfigException
-from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from beit import config
@@ -51,7 +48,8 @@ def _unknown_key(key: str, error: Exception, overrides: list[str]) -> str:
     """The key as the user wrote it, and keys of the config that look like it."""
     rest = [word for word in overrides if not word.lstrip("+~").startswith(key)]
     try:
-        known = list(_keys(config.compose([w for w in rest if not w.startswith("-")])))
+        cfg = config.compose([w for w in rest if not w.startswith("-")])
+        known = [name for name, _ in config.dotted_keys(cfg)]
     except (HydraException, OmegaConfBaseException):
         known = []
     near = difflib.get_close_matches(key, known, n=2, cutoff=0.6)
@@ -60,15 +58,6 @@ def _unknown_key(key: str, error: Exception, overrides: list[str]) -> str:
         near = [name for name in known if name.rpartition(".")[2] == leaf][:2]
     hint = f"did you mean {' or '.join(near)}?" if near else "see beit train --help"
     return f"{key} is not a key of this config: {hint}"
-
-
-def _keys(node: Any, prefix: str = "") -> Iterator[str]:
-    if isinstance(node, DictConfig):
-        for key in node:
-            name = f"{prefix}{key}"
-            yield name
-            if not OmegaConf.is_missing(node, key) and not OmegaConf.is_interpolation(node, key):
-                yield from _keys(node[key], f"{name}.")
 
 
 def choices(group: str) -> list[str]:

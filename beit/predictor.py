@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from beit import runner
+from beit import config, runner
 from beit.checkpoint import read_checkpoint
-from beit.data.sources import UnreadableImage, find_images, open_image
+from beit.data.file_sources import find_images, open_image
+from beit.data.images import UnreadableImage
 from beit.errors import UserError
 
 
@@ -38,7 +39,7 @@ class ImageClassifier:
                 f"{path} is a checkpoint of task {checkpoint.config.get('task_name')}, which has "
                 "no classes to predict: give one of task classification"
             )
-        transform = runner.instantiate(views["eval"])
+        transform = config.instantiate(views["eval"])
         return cls(runner.load_model(path), transform, checkpoint.classes)
 
     @torch.inference_mode()

@@ -17,7 +17,16 @@ log = logging.getLogger(__name__)
 CONFIG_FILE = "config.yaml"
 LAST_CHECKPOINT = Path("checkpoints") / "last.ckpt"
 _PACKAGES = (
-    "beit torch torchvision lightning hydra-core omegaconf timm torchmetrics numpy pillow".split()
+    "beit",
+    "torch",
+    "torchvision",
+    "lightning",
+    "hydra-core",
+    "omegaconf",
+    "timm",
+    "torchmetrics",
+    "numpy",
+    "pillow",
 )
 
 

@@ -114,15 +114,10 @@ def load_model(path: str | Path) -> torch.nn.Module:
     A whole task (backbone and head) where there is a backbone, else the tokenizer.
     """
     checkpoint = read_checkpoint(path)
-    task = instantiate(checkpoint.config["task"])
+    task = config.instantiate(checkpoint.config["task"])
     _load_children(task, checkpoint)
     network = task if hasattr(task, "backbone") else task.tokenizer
     return network.eval()
-
-
-def instantiate(node: Any) -> Any:
-    """Build an object out of a node of a checkpoint's config; see config.instantiate."""
-    return config.instantiate(OmegaConf.create(node) if isinstance(node, dict) else node)
 
 
 def _load_children(task: L.LightningModule, checkpoint: Checkpoint) -> None:

@@ -20,8 +20,8 @@ from beit.errors import UserError
 STAGES = {
     "tokenizer": "a discrete VAE learns 8x8 visual tokens",
     "pretrain": "the ViT predicts the tokens of hidden patches, no labels",
-    "finetune": "the pretrained ViT learns the classes from 5 scans of each digit",
-    "scratch": "the same ViT, the same 50 scans, no pretraining",
+    "finetune": "the pretrained ViT learns the classes from 10 scans of each digit",
+    "scratch": "the same ViT, the same 100 scans, no pretraining",
 }
 
 
@@ -53,7 +53,7 @@ def main() -> int:
 
 
 def _table(results: dict[str, tuple[dict[str, float], float]]) -> Table:
-    table = Table(title="50 labelled digits, 360 to recognise")
+    table = Table(title="100 labelled digits, 360 to recognise")
     for column in ("stage", "measure", "value", "seconds"):
         table.add_column(column, justify="left" if column in ("stage", "measure") else "right")
     rows = [

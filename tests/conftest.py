@@ -27,7 +27,12 @@ TINY_VIT = [
     "model.drop_path_rate=0.0",
     "optim.warmup_epochs=0",
 ]
-TINY_TOKENIZER = ["task=tokenizer", "tokenizer=dvae_tiny", "tokenizer.hidden_dim=16", "optim.warmup_steps=2"]
+TINY_TOKENIZER = [
+    "task=tokenizer",
+    "tokenizer=dvae_tiny",
+    "tokenizer.hidden_dim=16",
+    "optim.warmup_steps=2",
+]
 TINY_MIM = [
     "task=mim",
     "tokenizer=trained",

@@ -36,26 +36,33 @@ def test_an_impossible_batch_is_refused_with_its_numbers(
     assert all(word in str(caught.value) for word in words)
 
 
-def test_grid_of_rectangular_images_is_rows_by_columns() -> None:
-    assert config.patch_grid([24, 40], 8) == (3, 5)
-
-
 @pytest.mark.parametrize(
-    ("size", "patch", "words"),
-    [(30, 8, "does not divide"), ([24, 41], 8, "24x40"), (4, 8, "smaller than")],
-)
-def test_a_grid_that_does_not_divide_is_refused(size: object, patch: int, words: str) -> None:
-    with pytest.raises(UserError, match=words):
-        config.patch_grid(size, patch)
-
-
-@pytest.mark.parametrize(
-    "target", ["os.system", "subprocess.run", "builtins.open", "beitx.y", "torchx.z"]
+    "target",
+    [
+        "os.system",
+        "subprocess.run",
+        "builtins.open",
+        "beitx.y",
+        "torchx.z",
+        "beit.cli.sys.getrecursionlimit",  # reached through a module of ours
+        "beit.run_folder.subprocess.Popen",
+        "torch.hub.get_dir",  # a function of another package
+        "lightning.pytorch",  # a module
+    ],
 )
 def test_a_config_cannot_name_any_function_it_likes(target: str) -> None:
     node = OmegaConf.create({"a": [{"b": {"_target_": target, "_args_": ["true"]}}]})
     with pytest.raises(UserError, match="not allowed"):
         config.instantiate(node)
+
+
+def test_what_is_resolved_late_is_checked_too() -> None:
+    inner = "${oc.create:{_target_:pathlib.Path,_args_:[x]}}"
+    for text in (inner, "\\" + inner):  # escaped, it is left to Hydra
+        node = {"_target_": "torch.nn.Sequential", "_args_": [text]}
+        for given in (node, OmegaConf.create(node)):
+            with pytest.raises(UserError, match=r"not allowed|may not hold"):
+                config.instantiate(given)
 
 
 def test_a_wrong_argument_names_the_class() -> None:
@@ -71,6 +78,11 @@ SIZES = ["batch.global_size=8", "batch.per_device=8"]
 def test_what_has_no_value_is_named() -> None:
     with pytest.raises(UserError, match=r"batch\.global_size has no value"):
         config.check(config.compose(DEMO))
+
+
+def test_a_run_without_an_end_is_refused() -> None:
+    with pytest.raises(UserError, match=r"max_epochs and trainer\.max_steps"):
+        config.check(config.compose([*DEMO, *SIZES, "trainer.max_epochs=-1"]))
 
 
 def test_resume_and_init_from_exclude_each_other() -> None:

@@ -25,9 +25,9 @@ def compose(recipe: str, folder: Path) -> DictConfig:
     """The recipe with the values that it asks its user for, and a tokenizer to read sizes from."""
     cfg = config.compose([f"experiment={recipe}"])
     for key, value in GIVEN.items():
-        if OmegaConf.select(cfg, key.rpartition(".")[0] or key) is not None or "." not in key:
-            if OmegaConf.is_missing(_parent(cfg, key), key.rpartition(".")[2]):
-                OmegaConf.update(cfg, key, value)
+        parent, leaf = _parent(cfg, key), key.rpartition(".")[2]
+        if parent is not None and OmegaConf.is_missing(parent, leaf):
+            OmegaConf.update(cfg, key, value)
     if cfg.tokenizer is not None and "path" in cfg.tokenizer:
         cfg.tokenizer.path = _tokenizer_checkpoint(folder, Path(recipe).parent.name)
     return cfg

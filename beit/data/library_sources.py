@@ -81,7 +81,41 @@ class TorchvisionSource:
         return f"TorchvisionSource({self.origin}: {len(self)} images)"
 
 
-class ParquetSource:
+class _Rows:
+    """The rows of a Hugging Face data set; the image column holds bytes, or {bytes, path}."""
+
+    def __init__(self, data: "Dataset", image_column: str, label_column: str, origin: str) -> None:
+        self.origin = origin
+        for column in filter(None, (image_column, label_column)):
+            if column not in data.column_names:
+                raise UserError(
+                    f"{origin}: no column '{column}'; there are {', '.join(data.column_names)}"
+                )
+        # the table itself: datasets' Image feature decodes by other rules (no EXIF), per-row
+        # indexing through the library is several times slower
+        self._images = data.data.column(image_column)
+        self.classes, self.labels = _read_labels(data, label_column)
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def load(self, index: int) -> tuple[Image.Image, int | None]:
+        value = self._images[index].as_py()
+        if isinstance(value, dict):
+            value = value.get("bytes") or value.get("path")
+        if not isinstance(value, bytes | str) or not value:
+            raise UnreadableImage(self.name(index), f"no image bytes but {type(value).__name__}")
+        image = open_rgb(value, self.name(index))
+        return image, None if self.labels is None else int(self.labels[index])
+
+    def name(self, index: int) -> str:
+        return f"{self.origin} row {index}"
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.origin}: {len(self)} images)"
+
+
+class ParquetSource(_Rows):
     """A folder of parquet files in the Hugging Face convention, read by random access.
 
     PATH/data/SPLIT-00000-of-0000N.parquet or PATH/SPLIT*.parquet. Hugging Face `datasets` maps the
@@ -105,24 +139,10 @@ class ParquetSource:
         from datasets import Dataset
 
         data = Dataset.from_parquet([str(file) for file in files[split]], split=split)
-        self._rows = _Rows(data, image_column, label_column, f"{path} {split}")
-        self.classes: list[str] | None = self._rows.classes
-        self.labels: np.ndarray | None = self._rows.labels
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def load(self, index: int) -> tuple[Image.Image, int | None]:
-        return self._rows.load(index)
-
-    def name(self, index: int) -> str:
-        return self._rows.name(index)
-
-    def __repr__(self) -> str:
-        return f"ParquetSource({self._rows.origin}: {len(self)} images)"
+        super().__init__(data, image_column, label_column, f"{path} {split}")
 
 
-class HubSource:
+class HubSource(_Rows):
     """A data set on the Hugging Face hub, downloaded once into its cache.
 
     Raises:
@@ -146,21 +166,7 @@ class HubSource:
         except (exceptions.DatasetsError, ValueError, OSError) as error:
             message = " ".join(str(error).split())
             raise UserError(f"hub data set {repo} config {config} {split}: {message}") from error
-        self._rows = _Rows(data, image_column, label_column, f"{repo} {split}")
-        self.classes: list[str] | None = self._rows.classes
-        self.labels: np.ndarray | None = self._rows.labels
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def load(self, index: int) -> tuple[Image.Image, int | None]:
-        return self._rows.load(index)
-
-    def name(self, index: int) -> str:
-        return self._rows.name(index)
-
-    def __repr__(self) -> str:
-        return f"HubSource({self._rows.origin}: {len(self)} images)"
+        super().__init__(data, image_column, label_column, f"{repo} {split}")
 
 
 class Digits:
@@ -197,37 +203,6 @@ class Digits:
 
     def __repr__(self) -> str:
         return f"Digits({self.split}: {len(self)} images, 10 classes)"
-
-
-class _Rows:
-    """The rows of a Hugging Face data set; the image column holds bytes, or {bytes, path}."""
-
-    def __init__(self, data: "Dataset", image_column: str, label_column: str, origin: str) -> None:
-        self.origin = origin
-        for column in filter(None, (image_column, label_column)):
-            if column not in data.column_names:
-                raise UserError(
-                    f"{origin}: no column '{column}'; there are {', '.join(data.column_names)}"
-                )
-        # the table itself: datasets' Image feature decodes by other rules (no EXIF), per-row
-        # indexing through the library is several times slower
-        self._images = data.data.column(image_column)
-        self.classes, self.labels = _read_labels(data, label_column)
-
-    def __len__(self) -> int:
-        return len(self._images)
-
-    def load(self, index: int) -> tuple[Image.Image, int | None]:
-        value = self._images[index].as_py()
-        if isinstance(value, dict):
-            value = value.get("bytes") or value.get("path")
-        if not isinstance(value, bytes | str) or not value:
-            raise UnreadableImage(self.name(index), f"no image bytes but {type(value).__name__}")
-        image = open_rgb(value, self.name(index))
-        return image, None if self.labels is None else int(self.labels[index])
-
-    def name(self, index: int) -> str:
-        return f"{self.origin} row {index}"
 
 
 def _read_labels(data: "Dataset", column: str) -> tuple[list[str] | None, np.ndarray | None]:

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from beit.data.dataset import Collate, KeyedDataset
 from beit.data.images import UnreadableImage
-from beit.data.sampler import GlobalBatchSampler, full_steps
+from beit.data.sampler import GlobalBatchSampler, full_steps, limited
 from beit.data.sources import ImageSource
 from beit.errors import UserError
 
@@ -212,11 +212,7 @@ def resume_position(trainer: L.Trainer, micro_batches: int) -> tuple[int, int]:
     iter(); so this is the one place where both are known.
     """
     loop: Any = trainer.fit_loop
-    limit = trainer.limit_train_batches
-    if isinstance(limit, int):
-        micro_batches = min(micro_batches, limit)
-    elif limit is not None:
-        micro_batches = int(micro_batches * limit)
+    micro_batches = limited(micro_batches, trainer.limit_train_batches)
     done = loop.epoch_loop.batch_progress.current.ready
     if 0 < done < micro_batches:
         return loop.epoch_progress.current.processed, done

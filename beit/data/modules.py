@@ -34,7 +34,71 @@ log = logging.getLogger(__name__)
 Mixing = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
-class PretrainingData(L.LightningDataModule):
+class ImageData(L.LightningDataModule):
+    """What the data modules have in common: sources, the loaders that read them, their checks.
+
+    Args:
+        batch_type: what the loaders yield.
+        train, val: the source, and what makes a sample of its images.
+        described: lines for the log of a run.
+    """
+
+    def __init__(
+        self,
+        settings: LoaderSettings,
+        batch_type: type[Any],
+        *,
+        train: tuple[ImageSource, MakeSample],
+        val: tuple[ImageSource | None, MakeSample],
+        described: Sequence[str],
+    ) -> None:
+        super().__init__()
+        source, make_sample = val
+        val_data = None if source is None else KeyedDataset(source, make_sample, seed=settings.seed)
+        train_data = KeyedDataset(*train, seed=settings.seed)
+        self.loaders = Loaders(settings, batch_type, train=train_data, val=val_data)
+        self.classes: list[str] | None = None
+        self._described = described
+
+    @property
+    def running_trainer(self) -> L.Trainer:
+        assert self.trainer is not None, "Lightning attaches the trainer before it asks for loaders"
+        return self.trainer
+
+    def steps_per_epoch(self, *, world_size: int, accumulate: int) -> int:
+        """Optimizer steps in an epoch."""
+        return self.loaders.steps_per_epoch(world_size=world_size, accumulate=accumulate)
+
+    def check(self, *, world_size: int, accumulate: int, stage: str = "fit") -> None:
+        """Raises UserError for too few or unreadable images. `stage` is fit or validate."""
+        if stage == "fit":
+            self.steps_per_epoch(world_size=world_size, accumulate=accumulate)
+        elif self.loaders.val_data is None:
+            raise UserError("there is no validation data to evaluate on; set data.val")
+        self.loaders.check_sources(stage=stage)
+
+    def setup(self, stage: str) -> None:
+        if not self.running_trainer.is_global_zero:
+            return
+        val = self.loaders.val_data
+        log.info("training %r", self.loaders.train_data.source)
+        log.info("validation %r", val.source if val is not None else None)
+        for line in self._described:
+            log.info("%s", line)
+
+    def train_dataloader(self) -> DataLoader:
+        return self.loaders.train(self.running_trainer)
+
+    def val_dataloader(self) -> DataLoader | list[Any]:
+        return self.loaders.val(self.running_trainer)
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        # here the batch is still on the CPU: counting costs no synchronisation
+        self.loaders.count_failures(batch.failed, training=self.running_trainer.training)
+        return batch
+
+
+class PretrainingData(ImageData):
     """Images, masks and visual tokens for masked image modelling.
 
     The loader yields a TwoViewBatch of bytes; on the device it becomes a MIMBatch: the encoder's
@@ -58,7 +122,6 @@ class PretrainingData(L.LightningDataModule):
         loader: LoaderSettings,
         tokenizer_precision: str = "bf16",
     ) -> None:
-        super().__init__()
         if tokenizer_precision not in ("bf16", "fp32"):
             raise UserError(f"tokenizer_precision '{tokenizer_precision}': expected bf16 or fp32")
         token_grid = tuple(tokenizer.grid(views.token_image_size))
@@ -69,40 +132,19 @@ class PretrainingData(L.LightningDataModule):
                 f"{masking.grid[0]}x{masking.grid[1]} patches; set the view to "
                 f"{masking.grid[0] * tokenizer.stride}x{masking.grid[1] * tokenizer.stride}"
             )
+        make_sample = TwoViewSample(views, masking)
+        described = (f"views {views!r}", f"masking {masking!r}", f"tokenizer {_name(tokenizer)}")
+        super().__init__(
+            loader,
+            TwoViewBatch,
+            train=(train, make_sample),
+            val=(val, make_sample),
+            described=described,
+        )
         assert isinstance(tokenizer, nn.Module)
         self.tokenizer = tokenizer.eval().requires_grad_(False)
         self.tokenizer_precision = tokenizer_precision
         self.mean, self.std = torch.tensor(list(mean)), torch.tensor(list(std))
-        make_sample = TwoViewSample(views, masking)
-        self.loaders = _loaders(loader, TwoViewBatch, (train, make_sample), (val, make_sample))
-        self.classes: list[str] | None = None
-        self._described = (
-            f"views {views!r}",
-            f"masking {masking!r}",
-            f"tokenizer {_name(tokenizer)}",
-        )
-
-    def steps_per_epoch(self, *, world_size: int, accumulate: int) -> int:
-        """Optimizer steps in an epoch."""
-        return self.loaders.steps_per_epoch(world_size=world_size, accumulate=accumulate)
-
-    def check(self, *, world_size: int, accumulate: int, stage: str = "fit") -> None:
-        """Raises UserError for too few or unreadable images. `stage` is fit or validate."""
-        _check(self.loaders, world_size, accumulate, stage)
-
-    def setup(self, stage: str) -> None:
-        _describe(_trainer(self), self.loaders, self._described)
-
-    def train_dataloader(self) -> DataLoader:
-        return self.loaders.train(_trainer(self))
-
-    def val_dataloader(self) -> DataLoader | list[Any]:
-        return self.loaders.val(_trainer(self))
-
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        # here the batch is still on the CPU: counting costs no synchronisation
-        self.loaders.count_failures(batch.failed, training=_trainer(self).training)
-        return batch
 
     def on_after_batch_transfer(self, batch: TwoViewBatch, dataloader_idx: int) -> MIMBatch:
         return MIMBatch(
@@ -132,7 +174,7 @@ class PretrainingData(L.LightningDataModule):
             return self.tokenizer.encode(pixels)
 
 
-class ClassificationData(L.LightningDataModule):
+class ClassificationData(ImageData):
     """Images with classes; training batches are mixed on the device if `mixing` is given.
 
     `num_classes` is a number, or "auto" for as many as the training source has. `mixing` is called
@@ -155,57 +197,39 @@ class ClassificationData(L.LightningDataModule):
         mixing: Mixing | None,
         loader: LoaderSettings,
     ) -> None:
-        super().__init__()
         check_classes(train, val)
-        self.classes = train.classes
         count = len(train.classes or ()) if num_classes == "auto" else int(num_classes)
         for source, role in ((train, "training"), (val, "validation")):
             if source is not None:
                 check_labels(source, role, count)
+        super().__init__(
+            loader,
+            LabelledBatch,
+            train=(train, TrainLabelledSample(train_transform)),
+            val=(val, EvalLabelledSample(eval_transform)),
+            described=(
+                f"training {train_transform!r}",
+                f"evaluation {eval_transform!r}",
+                f"{count} classes",
+            ),
+        )
+        self.classes = train.classes
         self.num_classes = count
         self.mixing = mixing or None
         if isinstance(self.mixing, Mixup):
             self.mixing.num_classes = count  # it is built before the data have been counted
-        self.loaders = _loaders(
-            loader,
-            LabelledBatch,
-            (train, TrainLabelledSample(train_transform)),
-            (val, EvalLabelledSample(eval_transform)),
-        )
-        self._described = (
-            f"training {train_transform!r}",
-            f"evaluation {eval_transform!r}",
-            f"{count} classes",
-        )
-
-    def steps_per_epoch(self, *, world_size: int, accumulate: int) -> int:
-        """Optimizer steps in an epoch."""
-        return self.loaders.steps_per_epoch(world_size=world_size, accumulate=accumulate)
 
     def check(self, *, world_size: int, accumulate: int, stage: str = "fit") -> None:
-        """Raises UserError for too few or unreadable images. `stage` is fit or validate."""
-        _check(self.loaders, world_size, accumulate, stage)
+        """Raises UserError for too few or unreadable images, and for an odd batch to be mixed."""
+        super().check(world_size=world_size, accumulate=accumulate, stage=stage)
         if stage == "fit" and self.mixing and self.loaders.settings.batch_size_per_device % 2:
             raise UserError(
                 f"batch per device {self.loaders.settings.batch_size_per_device}: mixing pairs the "
                 "images of a batch and needs an even number"
             )
 
-    def setup(self, stage: str) -> None:
-        _describe(_trainer(self), self.loaders, self._described)
-
-    def train_dataloader(self) -> DataLoader:
-        return self.loaders.train(_trainer(self))
-
-    def val_dataloader(self) -> DataLoader | list[Any]:
-        return self.loaders.val(_trainer(self))
-
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        self.loaders.count_failures(batch.failed, training=_trainer(self).training)
-        return batch
-
     def on_after_batch_transfer(self, batch: LabelledBatch, dataloader_idx: int) -> LabelledBatch:
-        trainer = _trainer(self)
+        trainer = self.running_trainer
         if self.mixing is None or not trainer.training:
             return batch
         loop: Any = trainer.fit_loop
@@ -216,7 +240,7 @@ class ClassificationData(L.LightningDataModule):
         return batch._replace(images=images, targets=targets)
 
 
-class TokenizerData(L.LightningDataModule):
+class TokenizerData(ImageData):
     """Images in [0, 1] for training a tokenizer.
 
     Validation draws its crops as epoch 0 would, so they are the same ones each time.
@@ -230,73 +254,17 @@ class TokenizerData(L.LightningDataModule):
         views: PixelTransform,
         loader: LoaderSettings,
     ) -> None:
-        super().__init__()
         make_sample = PixelSample(views)
-        self.loaders = _loaders(loader, PixelBatch, (train, make_sample), (val, make_sample))
-        self.classes: list[str] | None = None
-        self._described = (f"views {views!r}",)
-
-    def steps_per_epoch(self, *, world_size: int, accumulate: int) -> int:
-        """Optimizer steps in an epoch."""
-        return self.loaders.steps_per_epoch(world_size=world_size, accumulate=accumulate)
-
-    def check(self, *, world_size: int, accumulate: int, stage: str = "fit") -> None:
-        """Raises UserError for too few or unreadable images. `stage` is fit or validate."""
-        _check(self.loaders, world_size, accumulate, stage)
-
-    def setup(self, stage: str) -> None:
-        _describe(_trainer(self), self.loaders, self._described)
-
-    def train_dataloader(self) -> DataLoader:
-        return self.loaders.train(_trainer(self))
-
-    def val_dataloader(self) -> DataLoader | list[Any]:
-        return self.loaders.val(_trainer(self))
-
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        self.loaders.count_failures(batch.failed, training=_trainer(self).training)
-        return batch
+        super().__init__(
+            loader,
+            PixelBatch,
+            train=(train, make_sample),
+            val=(val, make_sample),
+            described=(f"views {views!r}",),
+        )
 
     def on_after_batch_transfer(self, batch: PixelBatch, dataloader_idx: int) -> PixelBatch:
         return batch._replace(images=batch.images.float().div_(255))
-
-
-def _trainer(data: L.LightningDataModule) -> L.Trainer:
-    assert data.trainer is not None, "Lightning attaches the trainer before it asks for loaders"
-    return data.trainer
-
-
-def _loaders(
-    settings: LoaderSettings,
-    batch_type: type[Any],
-    train: tuple[ImageSource, MakeSample],
-    val: tuple[ImageSource | None, MakeSample],
-) -> Loaders:
-    source, make_sample = val
-    return Loaders(
-        settings,
-        batch_type,
-        train=KeyedDataset(*train, seed=settings.seed),
-        val=KeyedDataset(source, make_sample, seed=settings.seed) if source is not None else None,
-    )
-
-
-def _check(loaders: Loaders, world_size: int, accumulate: int, stage: str) -> None:
-    if stage == "fit":
-        loaders.steps_per_epoch(world_size=world_size, accumulate=accumulate)
-    elif loaders.val_data is None:
-        raise UserError("there is no validation data to evaluate on; set data.val")
-    loaders.check_sources(stage=stage)
-
-
-def _describe(trainer: L.Trainer, loaders: Loaders, lines: Sequence[str]) -> None:
-    if not trainer.is_global_zero:
-        return
-    val = loaders.val_data
-    log.info("training %r", loaders.train_data.source)
-    log.info("validation %r", val.source if val is not None else None)
-    for line in lines:
-        log.info("%s", line)
 
 
 def _name(tokenizer: Tokenizer) -> str:

@@ -124,14 +124,6 @@ def to_tensor(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
-def as_size(size: int | tuple[int, int]) -> tuple[int, int]:
-    """(height, width) of a number or a pair. Raises UserError below 1."""
-    height, width = (size, size) if isinstance(size, int) else (int(side) for side in size)
-    if height < 1 or width < 1:
-        raise UserError(f"image size {height}x{width}: both sides must be at least 1 pixel")
-    return height, width
-
-
 def checked_interpolation(name: str) -> Image.Resampling:
     """Pillow's filter of that name. Raises UserError for an unknown one."""
     if name not in INTERPOLATIONS:

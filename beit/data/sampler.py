@@ -97,6 +97,13 @@ def epoch_order(size: int, seed: int, epoch: int) -> np.ndarray:
     return np.argsort(np.random.PCG64(np.random.SeedSequence((seed, epoch))).random_raw(size))
 
 
+def limited(micro_batches: int, limit: float | int | None) -> int:
+    """Micro-batches of an epoch under Trainer's `limit_train_batches`: so many, or a share."""
+    if limit is None:
+        return micro_batches
+    return min(micro_batches, limit) if isinstance(limit, int) else int(micro_batches * limit)
+
+
 def full_steps(size: int, batch_size: int, world_size: int, accumulate: int) -> int:
     """Complete global batches in an epoch. Raises UserError if there is none."""
     global_batch = batch_size * world_size * accumulate

@@ -1,27 +1,21 @@
-"""Where images come from: folders, lists of files, and parts of other sources.
+"""Where images come from: the protocol, parts of sources, and every kind of source by name.
 
-A source is held by every worker of a loader: it is picklable, opens nothing before `load`, and
-keeps its file names in one block of bytes (a Python list of a million strings would be copied, page
-by page, into every worker as its reference counts are touched).
+A source is held by every worker of a loader: it is picklable and opens nothing before `load`.
 """
 
-import csv
-import json
-import os
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 from PIL import Image
 
+from beit.data.file_sources import ClassFolder as ClassFolder
+from beit.data.file_sources import FlatFolder as FlatFolder
+from beit.data.file_sources import ListFile as ListFile
 from beit.data.images import UnreadableImage as UnreadableImage
-from beit.data.images import open_rgb
 from beit.data.library_sources import Digits as Digits
 from beit.data.library_sources import HubSource as HubSource
 from beit.data.library_sources import ParquetSource as ParquetSource
 from beit.data.library_sources import TorchvisionSource as TorchvisionSource
-from beit.data.paths import PathTable, existing_folder, image_files, known_extensions
 from beit.errors import UserError
 
 
@@ -40,156 +34,6 @@ class ImageSource(Protocol):
     def name(self, index: int) -> str:
         """The file, or the table and row, for messages."""
         ...
-
-
-class ClassFolder:
-    """A folder of class folders: root/CLASS/**/IMAGE, numbered as torchvision's ImageFolder does.
-
-    Labels are the rank of the class name; names starting with a dot are passed over.
-
-    Raises:
-        UserError: the folder is missing, has no class folders, or one of them has no images.
-    """
-
-    def __init__(self, root: str | Path) -> None:
-        self.root = existing_folder(root)
-        self.classes: list[str] | None = sorted(
-            entry.name
-            for entry in os.scandir(self.root)
-            if entry.is_dir() and not entry.name.startswith(".")
-        )
-        if not self.classes:
-            raise UserError(
-                f"{self.root}: no class folders; expected root/CLASS/IMAGE "
-                "(for images without classes use data=unlabelled)"
-            )
-        files: list[str] = []
-        counts = []
-        for name in self.classes:
-            found = [os.path.join(name, file) for file in image_files(self.root / name)]
-            if not found:
-                raise UserError(
-                    f"{self.root / name}: no images in this class folder "
-                    f"(looked for {known_extensions()}); add some or remove the folder"
-                )
-            files += found
-            counts.append(len(found))
-        self._files = PathTable(files)
-        self.labels: np.ndarray | None = np.repeat(np.arange(len(counts)), counts)
-
-    def __len__(self) -> int:
-        return len(self._files)
-
-    def load(self, index: int) -> tuple[Image.Image, int | None]:
-        assert self.labels is not None
-        return open_rgb(self.root / self._files[index], self.name(index)), int(self.labels[index])
-
-    def name(self, index: int) -> str:
-        return str(self.root / self._files[index])
-
-    def __repr__(self) -> str:
-        return f"ClassFolder({self.root}: {len(self)} images, {len(self.classes or [])} classes)"
-
-
-class FlatFolder:
-    """All images in a folder and, if recursive, below it, in the order of their names; no labels.
-
-    Raises:
-        UserError: the folder is missing or holds no images.
-    """
-
-    def __init__(self, root: str | Path, *, recursive: bool = True) -> None:
-        self.root = existing_folder(root)
-        self.classes: list[str] | None = None
-        self.labels: np.ndarray | None = None
-        files = list(image_files(self.root, recursive=recursive))
-        if not files:
-            raise UserError(f"{self.root}: no images found (looked for {known_extensions()})")
-        self._files = PathTable(files)
-
-    def __len__(self) -> int:
-        return len(self._files)
-
-    def load(self, index: int) -> tuple[Image.Image, int | None]:
-        return open_rgb(self.root / self._files[index], self.name(index)), None
-
-    def name(self, index: int) -> str:
-        return str(self.root / self._files[index])
-
-    def __repr__(self) -> str:
-        return f"FlatFolder({self.root}: {len(self)} images, no labels)"
-
-
-class ListFile:
-    """A list of image files, with labels or without.
-
-    CSV with a header row `path` or `path,label`, or JSON lines {"path": ..., "label": ...}. Paths
-    are relative to `root`, or to the list's own folder when root is empty. Labels are numbers, or
-    names that are in `classes`; with no classes given, names are numbered in sorted order.
-
-    Raises:
-        UserError: with the line number, for a row without a path, a file that does not exist, a
-            label that is missing, unknown or out of range.
-    """
-
-    def __init__(self, path: str | Path, *, root: str = "", classes: Sequence[str] = ()) -> None:
-        self.path = Path(path)
-        if not self.path.is_file():
-            raise UserError(f"{self.path}: no such list file; expected a .csv or .jsonl file")
-        self.root = Path(root) if root else self.path.parent
-        rows = list(_rows(self.path))
-        if not rows:
-            raise UserError(f"{self.path}: the list names no images")
-        for line, row in rows:
-            self._check_path(line, row.get("path"))
-        self._files = PathTable([str(row["path"]) for _, row in rows])
-        self.classes, self.labels = self._read_labels(rows, list(classes))
-
-    def _check_path(self, line: int, file: Any) -> None:
-        if not isinstance(file, str) or not file:
-            raise UserError(f"{self.path} line {line}: no path in this row (key 'path')")
-        if not os.path.isfile(self.root / file):
-            raise UserError(
-                f"{self.path} line {line}: {self.root / file} does not exist; paths are relative "
-                "to root, or to the list's folder when root is empty"
-            )
-
-    def _read_labels(
-        self, rows: list[tuple[int, dict[str, Any]]], classes: list[str]
-    ) -> tuple[list[str] | None, np.ndarray | None]:
-        values = [row.get("label") for _, row in rows]
-        if all(value in (None, "") for value in values):
-            return None, None
-        for (line, _), value in zip(rows, values, strict=True):
-            if value in (None, ""):
-                raise UserError(f"{self.path} line {line}: no label, though other rows have one")
-        numbers = [_as_number(value) for value in values]
-        if None in numbers or (classes and set(map(str, values)) <= set(classes)):
-            classes = classes or sorted({str(value) for value in values})
-            known = {name: number for number, name in enumerate(classes)}
-            numbers = [known.get(str(value), -1) for value in values]
-        classes = classes or [str(number) for number in range(max(n or 0 for n in numbers) + 1)]
-        for (line, _), value, number in zip(rows, values, numbers, strict=True):
-            if number is None or not 0 <= number < len(classes):
-                raise UserError(
-                    f"{self.path} line {line}: label {value!r} is not one of the {len(classes)} "
-                    f"classes (0 to {len(classes) - 1}, or their names)"
-                )
-        return classes, np.array(numbers, dtype=np.int64)
-
-    def __len__(self) -> int:
-        return len(self._files)
-
-    def load(self, index: int) -> tuple[Image.Image, int | None]:
-        image = open_rgb(self.root / self._files[index], self.name(index))
-        return image, None if self.labels is None else int(self.labels[index])
-
-    def name(self, index: int) -> str:
-        return str(self.root / self._files[index])
-
-    def __repr__(self) -> str:
-        labels = f"{len(self.classes)} classes" if self.classes else "no labels"
-        return f"ListFile({self.path}: {len(self)} images, {labels})"
 
 
 class Subset:
@@ -244,26 +88,6 @@ def few_labels(source: ImageSource, *, per_class: int | str, seed: int) -> Image
     return Subset(source, per_class=per_class, seed=seed)
 
 
-def find_images(path: str | Path) -> list[Path]:
-    """The image files in a folder and below it, or the one file that was named.
-
-    Raises:
-        UserError: nothing there, or no images in the folder.
-    """
-    path = Path(path).expanduser()
-    if path.is_file():
-        return [path]
-    files = [path / file for file in image_files(existing_folder(path))]
-    if not files:
-        raise UserError(f"{path}: no images found (looked for {known_extensions()})")
-    return files
-
-
-def open_image(path: str | Path) -> Image.Image:
-    """An upright RGB image. Raises UnreadableImage."""
-    return open_rgb(Path(path), str(path))
-
-
 def _groups(source: ImageSource, *, need_labels: bool) -> dict[str, np.ndarray]:
     """The indices of each class, or all of them as one group where there are no labels."""
     if source.labels is None or source.classes is None:
@@ -284,38 +108,3 @@ def _round_robin(groups: list[np.ndarray], seed: int) -> np.ndarray:
     shuffled = [rng.permutation(members) for members in groups]
     rounds = np.concatenate([np.arange(len(members)) for members in groups])
     return np.concatenate(shuffled)[np.argsort(rounds, kind="stable")]
-
-
-def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Line number and fields of each row."""
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        if path.suffix.lower() == ".csv":
-            reader = csv.DictReader(file, skipinitialspace=True)
-            if "path" not in (reader.fieldnames or ()):
-                raise UserError(
-                    f"{path} line 1: header {reader.fieldnames}; expected 'path' or 'path,label'"
-                )
-            for row in reader:
-                yield reader.line_num, row
-            return
-        for line, text in enumerate(file, start=1):
-            if text.strip():
-                yield line, _json_row(path, line, text)
-
-
-def _json_row(path: Path, line: int, text: str) -> dict[str, Any]:
-    try:
-        row = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{path} line {line}: not JSON ({error.msg}); use .csv for tables"
-        ) from error
-    if not isinstance(row, dict):
-        raise UserError(f'{path} line {line}: {row!r}; expected {{"path": ..., "label": ...}}')
-    return row
-
-
-def _as_number(value: Any) -> int | None:
-    if isinstance(value, str):
-        return int(value) if value.strip().isdecimal() else None
-    return value if isinstance(value, int) else None

@@ -16,7 +16,6 @@ from torch import Tensor
 from torchvision import transforms
 
 from beit.data.pixels import (
-    as_size,
     by,
     checked_crop,
     checked_interpolation,
@@ -30,6 +29,7 @@ from beit.data.pixels import (
 )
 from beit.data.randomness import keyed_global_rng
 from beit.errors import UserError
+from beit.sizes import height_width
 
 
 class TwoViewTransform:
@@ -57,8 +57,8 @@ class TwoViewTransform:
         image_interpolation: str = "bicubic",
         token_interpolation: str = "lanczos",
     ) -> None:
-        self.image_size = as_size(image_size)
-        self.token_image_size = as_size(token_image_size)
+        self.image_size = height_width(image_size)
+        self.token_image_size = height_width(token_image_size)
         self.scale, self.ratio = checked_crop((min_scale, max_scale), (min_ratio, max_ratio))
         self.color_jitter = checked_share("color_jitter", color_jitter)
         self.flip = checked_share("flip", flip)
@@ -106,7 +106,7 @@ class PixelTransform:
         flip: float = 0.5,
         interpolation: str = "lanczos",
     ) -> None:
-        self.image_size = as_size(image_size)
+        self.image_size = height_width(image_size)
         self.scale, self.ratio = checked_crop((min_scale, max_scale), (min_ratio, max_ratio))
         self.flip = checked_share("flip", flip)
         self.interpolation = interpolation
@@ -151,7 +151,7 @@ class TrainTransform:
         interpolation: str = "bicubic",
         small_crop_padding: int = 4,
     ) -> None:
-        self.image_size = as_size(image_size)
+        self.image_size = height_width(image_size)
         scale, _ = checked_crop((min_scale, max_scale), (3 / 4, 4 / 3))
         checked_interpolation(interpolation)
         self._steps = create_transform(
@@ -205,7 +205,7 @@ class EvalTransform:
     ) -> None:
         if not 0.0 < crop_pct <= 1.0:
             raise UserError(f"crop_pct {crop_pct}: must lie in (0, 1]; 0.875 is usual at 224 px")
-        self.image_size = as_size(image_size)
+        self.image_size = height_width(image_size)
         self.crop_pct = crop_pct
         self.mean, self.std = tuple(mean), tuple(std)
         self.interpolation = interpolation

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from beit.errors import UserError
 from beit.models.layers import NORM_EPS, Block, PatchEmbedding, RelativePosition
 from beit.models.position import RelativePositionBias
+from beit.sizes import height_width, patch_grid
 
 
 class VisionTransformer(nn.Module):
@@ -56,7 +57,7 @@ class VisionTransformer(nn.Module):
         init_cut: float,
     ) -> None:
         super().__init__()
-        self.image_size = _height_width(image_size)
+        self.image_size = height_width(image_size)
         self.patch_size = patch_size
         self.grid = patch_grid(self.image_size, patch_size)
         self.width, self.depth, self.num_heads = width, depth, num_heads
@@ -184,25 +185,6 @@ class VisionTransformer(nn.Module):
 def truncated_normal_(tensor: Tensor, std: float, cut: float) -> None:
     """Fills with normal(0, std) truncated to ±cut, an absolute value and not a multiple of std."""
     nn.init.trunc_normal_(tensor, std=std, a=-cut, b=cut)
-
-
-def patch_grid(image_size: tuple[int, int], patch_size: int) -> tuple[int, int]:
-    """(h, w) of an image of (H, W) pixels; UserError if a patch doesn't divide it."""
-    height, width = image_size
-    fits = patch_size > 0 and min(height, width) > 0
-    if not fits or height % patch_size or width % patch_size:
-        raise UserError(
-            f"image_size {height}x{width} must be a positive multiple of patch_size {patch_size}"
-        )
-    return height // patch_size, width // patch_size
-
-
-def _height_width(image_size: int | Sequence[int]) -> tuple[int, int]:
-    if isinstance(image_size, int):
-        return image_size, image_size
-    if len(image_size) != 2:
-        raise UserError(f"image_size {list(image_size)} must be one number or (height, width)")
-    return int(image_size[0]), int(image_size[1])
 
 
 def _check_sizes(width: int, depth: int, num_heads: int) -> None:

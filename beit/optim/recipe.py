@@ -94,7 +94,7 @@ class AdamWRecipe:
         )
         # a fused step offers to unscale float16 gradients itself, after anyone could clip them;
         # declined, the scaler unscales before, and Lightning agrees to clip
-        optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
+        optimizer._step_supports_amp_scaling = False
         # relative to lr, so that one form serves every group and scales its min_lr too
         factor = functools.partial(
             warmup_cosine,
@@ -104,7 +104,6 @@ class AdamWRecipe:
             min_lr=self.min_lr / self.lr,
         )
         return optimizer, LambdaLR(optimizer, lambda step: factor(step))
-
 
     def warmup_length(self, steps_per_epoch: float, total_steps: int) -> int:
         """Optimizer steps of the warm-up; UserError where the run is shorter than that."""

@@ -9,8 +9,8 @@ from torch import Tensor
 from torchmetrics import Metric
 
 
-def _over_ranks(value: Tensor) -> Tensor:
-    """Sum over the ranks of the job; the value itself without a process group."""
+def sum_over_ranks(value: Tensor) -> Tensor:
+    """Sum over the ranks of the job, in place; the value as it is without a process group."""
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(value)
     return value
@@ -23,6 +23,7 @@ class MeanOverGlobalBatch:
     micro-batches; both are means of means, wrong where the parts hold different numbers of terms
     (masked patches here). Each micro-batch is divided by the job-wide count of the first one of
     its window, and at the end of the window the gradients are corrected by first / mean count.
+    A limit on the batches may cut the epoch's last window short: it too becomes a plain mean.
     """
 
     def __init__(self) -> None:
@@ -38,7 +39,7 @@ class MeanOverGlobalBatch:
         """
         if count == 0:
             raise AssertionError("an empty mask reached the loss")
-        everywhere = _over_ranks(torch.tensor(float(count), device=total.device))
+        everywhere = sum_over_ranks(torch.tensor(float(count), device=total.device))
         if batch_idx % task.trainer.accumulate_grad_batches == 0:
             self._reference, self._counts = everywhere, []
         self._counts.append(everywhere)
@@ -46,9 +47,10 @@ class MeanOverGlobalBatch:
 
     def correct_gradients(self, task: L.LightningModule) -> None:
         """To be called once the window's gradients are complete, before they are clipped."""
-        if len(self._counts) < 2:
+        accumulate = task.trainer.accumulate_grad_batches
+        if accumulate == 1:
             return
-        factor = self._reference * len(self._counts) / torch.stack(self._counts).sum()
+        factor = self._reference * accumulate / torch.stack(self._counts).sum()
         grads = [p.grad for p in task.parameters() if p.grad is not None]
         torch._foreach_mul_(grads, factor.to(grads[0].dtype))
 

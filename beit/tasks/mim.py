@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from beit.data.batches import MIMBatch
+from beit.models.heads import MIMHead
 from beit.optim.recipe import AdamWRecipe
 from beit.tasks.accounting import MeanOverGlobalBatch, TokenHistogram
 from beit.tasks.planning import configure_adamw
@@ -26,7 +27,7 @@ class MaskedImageModeling(L.LightningModule):
         optim: the optimizer's recipe.
     """
 
-    def __init__(self, backbone: nn.Module, head: nn.Module, *, optim: AdamWRecipe) -> None:
+    def __init__(self, backbone: nn.Module, head: MIMHead, *, optim: AdamWRecipe) -> None:
         super().__init__()
         self.backbone = backbone
         self.head = head

@@ -4,11 +4,13 @@ Worked out from the data and the config: asking Lightning for `estimated_steppin
 2.6 drop the saved loader state on resume without a word.
 """
 
+import math
 from typing import Any
 
 import lightning as L
 from torch import nn
 
+from beit.data.sampler import limited
 from beit.optim.recipe import AdamWRecipe
 
 
@@ -41,12 +43,8 @@ def plan(
         limit: Trainer's `limit_train_batches`: micro-batches, or a share in [0, 1].
         max_epochs, max_steps: -1 is no limit, and max_epochs None neither.
     """
-    micro_batches = full_steps * accumulate
-    if isinstance(limit, int):
-        micro_batches = min(micro_batches, limit)
-    elif limit is not None:
-        micro_batches = int(micro_batches * limit)
-    epoch = micro_batches // accumulate
+    # Lightning also steps on the last micro-batch of an epoch, though the window be incomplete
+    epoch = math.ceil(limited(full_steps * accumulate, limit) / accumulate)
     limits = [max_steps] if max_steps > 0 else []
     if max_epochs is not None and max_epochs > 0:
         limits.append(epoch * max_epochs)

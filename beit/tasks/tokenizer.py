@@ -5,7 +5,6 @@ from typing import Any
 
 import lightning as L
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Generator, Tensor
 from torchmetrics import MeanMetric
@@ -14,7 +13,7 @@ from beit.data.batches import PixelBatch
 from beit.data.randomness import sample_key
 from beit.errors import UserError
 from beit.optim.recipe import AdamWRecipe
-from beit.tasks.accounting import TokenHistogram
+from beit.tasks.accounting import TokenHistogram, sum_over_ranks
 from beit.tasks.planning import configure_adamw, planned_steps
 from beit.tokenizers.base import to_value_range
 from beit.tokenizers.codebook import CodeRevival, feature_sums, imbalance, kl_to_uniform
@@ -175,11 +174,12 @@ class DiscreteVAETraining(L.LightningModule):
         token_ids = output.logits.detach().argmax(dim=-1)
         self._latest = output.features.detach(), token_ids
         counts = torch.bincount(token_ids.flatten(), minlength=self.tokenizer.vocab_size)
-        self.recent_counts += _over_ranks(counts)
+        self.recent_counts += sum_over_ranks(counts)
 
     def _centres(self) -> Tensor:
         """(V, D): mean feature of each code in the latest micro-batch; of all where unused."""
-        sums, counts = map(_over_ranks, feature_sums(*self._latest, self.tokenizer.vocab_size))
+        sums, counts = feature_sums(*self._latest, self.tokenizer.vocab_size)
+        sums, counts = sum_over_ranks(sums), sum_over_ranks(counts)
         everywhere = sums.sum(dim=0) / counts.sum()
         means = sums / counts.clamp_min(1)[:, None]
         return torch.where(counts[:, None] > 0, means, everywhere)
@@ -205,9 +205,3 @@ class DiscreteVAETraining(L.LightningModule):
 def ramp(progress: float, share: float) -> float:
     """From 0 to 1, linearly, while `progress` goes from 0 to `share`; 1 afterwards."""
     return min(1.0, progress / share) if share > 0 else 1.0
-
-
-def _over_ranks(value: Tensor) -> Tensor:
-    if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(value)
-    return value

@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 class Tokenizer(Protocol):
-    """Images to visual tokens and back. Implementations are frozen `nn.Module`s.
+    """Images to visual tokens and back. They are `nn.Module`s; the data module freezes them.
 
     B batch, H W pixels, h w token grid, V vocabulary.
     """

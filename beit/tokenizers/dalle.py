@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from beit.errors import UserError
-from beit.tokenizers.dvae import token_grid
+from beit.sizes import token_grid
 from beit.tokenizers.pickles import read_tensors
 
 log = logging.getLogger(__name__)

@@ -14,6 +14,7 @@ from torch import Generator, Tensor, nn
 
 from beit.checkpoint import load_part, read_checkpoint
 from beit.errors import UserError
+from beit.sizes import height_width, token_grid
 from beit.tokenizers.codebook import gumbel_softmax
 
 INITIAL_LOGIT_STD = 3.0  # well above the 1.28 of the Gumbel noise
@@ -86,11 +87,7 @@ class DiscreteVAE(nn.Module):
                 f"hidden_dim {hidden_dim}: expected a multiple of {1 << levels}, because channels "
                 f"halve at each of the {levels} steps of stride {stride}"
             )
-        if isinstance(image_size, int):
-            image_size = (image_size, image_size)
-        if len(image_size) != 2:
-            raise UserError(f"image_size {list(image_size)}: expected [height, width]")
-        self.image_size = (int(image_size[0]), int(image_size[1]))
+        self.image_size = height_width(image_size)
         self.stride = stride
         self.vocab_size = vocab_size
         self.codebook_dim = codebook_dim
@@ -176,18 +173,6 @@ def _decoder(widths: list[int], codebook_dim: int, num_res_blocks: int) -> nn.Se
     for source, target in itertools.pairwise(downward):
         layers += [nn.ConvTranspose2d(source, target, 4, stride=2, padding=1), nn.ReLU()]
     return nn.Sequential(*layers, nn.Conv2d(downward[-1], 3, 1))
-
-
-def token_grid(image_size: tuple[int, int], stride: int) -> tuple[int, int]:
-    """(H, W) -> (h, w). Raises UserError where the stride does not divide the image."""
-    height, width = image_size
-    if height < stride or width < stride or height % stride or width % stride:
-        raise UserError(
-            f"image size {height}x{width}: expected multiples of {stride}, the pixels a token "
-            f"covers; resize to {max(height // stride, 1) * stride}x"
-            f"{max(width // stride, 1) * stride}, or change the tokenizer's stride"
-        )
-    return height // stride, width // stride
 
 
 def load_dvae(path: str, *, vocab_size: int, stride: int) -> DiscreteVAE:

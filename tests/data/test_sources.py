@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
+from beit.data.file_sources import find_images, open_image
 from beit.data.sources import (
     ClassFolder,
     FlatFolder,
@@ -14,8 +15,6 @@ from beit.data.sources import (
     Subset,
     UnreadableImage,
     few_labels,
-    find_images,
-    open_image,
 )
 from beit.errors import UserError
 

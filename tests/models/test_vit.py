@@ -197,7 +197,7 @@ def test_released_names():
     [
         ({"image_size": (24, 41)}, "24x41.*patch_size 8"),
         ({"image_size": 4}, "4x4.*patch_size 8"),
-        ({"image_size": (24, 40, 3)}, r"\[24, 40, 3\]"),
+        ({"image_size": (24, 40, 3)}, "24, 40, 3"),
         ({"num_heads": 3}, "width 22.*num_heads 3"),
         ({"drop_path_rate": 1.0}, "drop_path_rate 1.0"),
         ({"relative_position": "both"}, "'both'"),
