@@ -94,8 +94,15 @@ class TrainConfig:
     logger: Any = None
 
 
-@functools.lru_cache(maxsize=8)
 def _checkpoint_config(path: str) -> dict[str, Any]:
+    """The config in a checkpoint; the file is read once for as long as it stays the same."""
+    file = Path(path).expanduser()
+    written = file.stat().st_mtime_ns if file.is_file() else 0
+    return _read_config(str(file), written)
+
+
+@functools.lru_cache(maxsize=8)
+def _read_config(path: str, written: int) -> dict[str, Any]:
     from beit.checkpoint import read_checkpoint
 
     return read_checkpoint(path).config

@@ -33,10 +33,11 @@ def test_a_run_folder_tells_where_it_came_from(runs: Path, stage: str) -> None:
     run = runs / stage
     assert "output_dir" in (run / "config.yaml").read_text()
     environment = json.loads((run / "environment.json").read_text())
-    assert environment["packages"]["torch"] and environment["commit"]
-    assert "global batch 32 = 1 devices x 32 images x 1 accumulated" in (
-        run / "train.log"
-    ).read_text()
+    assert environment["packages"]["torch"]
+    assert environment["commit"]
+    assert (
+        "global batch 32 = 1 devices x 32 images x 1 accumulated" in (run / "train.log").read_text()
+    )
     assert len(column(run, "train/loss")) == 6
     assert last(run).is_file()
 
@@ -107,7 +108,8 @@ def test_predict_writes_one_line_per_image(
     assert [Path(line["path"]).name for line in lines] == ["a.png", "b.jpg", "broken.png"]
     assert "broken.png" in lines[2]["error"]
     scores = [entry["score"] for entry in lines[0]["top"]]
-    assert len(scores) == 3 and scores == sorted(scores, reverse=True)
+    assert len(scores) == 3
+    assert scores == sorted(scores, reverse=True)
     assert cli.main() == 2  # the output exists: it is not written over
 
 
@@ -137,9 +139,7 @@ def test_a_run_folder_is_never_written_over(runs: Path, tiny: Words) -> None:
     assert before == after
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one(
-    runs: Path, tiny: Words, tmp_path: Path
-) -> None:
+def test_a_resumed_run_equals_an_uninterrupted_one(runs: Path, tiny: Words, tmp_path: Path) -> None:
     path = f"tokenizer.path={last(runs / 'tokenizer')}"
     words = [*tiny["mim"], path]
     words += [f"paths.runs_dir={tmp_path}", "trainer.max_epochs=3"]
