@@ -17,7 +17,6 @@ import hydra.utils
 from hydra.core.config_store import ConfigStore
 from hydra.errors import InstantiationException
 from omegaconf import MISSING, DictConfig, OmegaConf, open_dict
-from omegaconf.errors import OmegaConfBaseException
 
 from beit.errors import UserError
 from beit.sizes import patch_grid
@@ -286,22 +285,3 @@ def check(cfg: DictConfig) -> None:
         raise UserError("trainer.max_epochs and trainer.max_steps are both -1: give one of them")
     if cfg.model is not None:
         patch_grid(cfg.model.image_size, cfg.model.patch_size)
-
-
-def from_checkpoint(path: str | Path, overrides: list[str]) -> DictConfig:
-    """The config that a checkpoint carries, changed by KEY=VALUE words; `init_from` is the file.
-
-    Raises UserError for a key that the run's config does not have.
-    """
-    register()
-    cfg = OmegaConf.create(_checkpoint_config(str(path)))
-    OmegaConf.set_struct(cfg, True)
-    cfg.resume, cfg.init_from = None, str(path)
-    for word in overrides:
-        key, _, text = word.partition("=")
-        try:
-            OmegaConf.select(cfg, key, throw_on_missing=True)
-            OmegaConf.update(cfg, key, OmegaConf.create(f"v: {text}").v)
-        except OmegaConfBaseException as error:
-            raise UserError(f"{word}: the run's config has no such key") from error
-    return cfg

@@ -1,9 +1,8 @@
 """What the user reads while it runs: our own log lines, on the console and in the run folder."""
 
-import contextlib
 import logging
+import logging.handlers
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
 _FORMAT = "%(asctime)s %(levelname).1s %(name)s: %(message)s"
@@ -21,18 +20,43 @@ def log_to_console() -> None:
     logger.propagate = False
 
 
-@contextlib.contextmanager
-def write_log_to(path: Path) -> Iterator[None]:
-    """Append our log lines, dated, to a file for as long as the context lasts."""
-    handler = logging.FileHandler(path, encoding="utf-8")
-    handler.setFormatter(logging.Formatter(_FORMAT))
-    logger = logging.getLogger("beit")
-    logger.addHandler(handler)
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
-        handler.close()
+class RunLog:
+    """Our log lines, dated, in the run folder: those of the preparation too.
+
+    The folder is made only once the run is known to be possible, so lines are kept until then.
+    """
+
+    def __init__(self) -> None:
+        self._buffer = logging.handlers.MemoryHandler(
+            capacity=10_000, flushLevel=logging.CRITICAL + 1, flushOnClose=False
+        )
+        self._file: logging.Handler | None = None
+
+    def __enter__(self) -> "RunLog":
+        logging.getLogger("beit").addHandler(self._buffer)
+        return self
+
+    def open(self, path: Path) -> None:
+        """Append to this file from now on, what was kept first."""
+        self._file = logging.FileHandler(path, encoding="utf-8")
+        self._file.setFormatter(logging.Formatter(_FORMAT))
+        self._buffer.setTarget(self._file)
+        self._buffer.flush()
+        logger = logging.getLogger("beit")
+        logger.removeHandler(self._buffer)
+        logger.addHandler(self._file)
+
+    def __exit__(self, *exception: object) -> None:
+        logger = logging.getLogger("beit")
+        for handler in (self._buffer, self._file):
+            if handler is not None:
+                logger.removeHandler(handler)
+                handler.close()
+
+
+def only_warnings() -> None:
+    """For the processes beside the first: what all of them would say is said once."""
+    logging.getLogger("beit").setLevel(logging.WARNING)
 
 
 def quiet_lightning() -> None:
@@ -48,5 +72,7 @@ def quiet_lightning() -> None:
     # our sampler finds its place by itself
     warnings.filterwarnings("ignore", message=r".*dataloader is not resumable.*")
     warnings.filterwarnings("ignore", message=r".*ended before the epoch ended.*")
+    # resuming goes on in the same folder
+    warnings.filterwarnings("ignore", message=r".*directory .* exists and is not empty.*")
     # a run without validation images
     warnings.filterwarnings("ignore", message=r".*Total length of `list` across ranks is zero.*")

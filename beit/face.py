@@ -13,6 +13,7 @@ from beit.console import log_to_console
 from beit.errors import UserError
 from beit.explain import explain
 from beit.predictor import ImageClassifier
+from beit.recorded import from_checkpoint
 
 
 def train(*overrides: str) -> dict[str, float]:
@@ -29,7 +30,7 @@ def train(*overrides: str) -> dict[str, float]:
 
 def evaluate(checkpoint: str | Path, *overrides: str) -> dict[str, float]:
     """Validation metrics of a checkpoint; overrides change the config it carries."""
-    return runner.evaluate(config.from_checkpoint(checkpoint, list(overrides)))
+    return runner.evaluate(from_checkpoint(checkpoint, list(overrides)))
 
 
 def predict(

@@ -10,6 +10,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch.utilities import rank_zero_only
+
 from beit.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -35,12 +37,26 @@ def holds_a_run(folder: Path) -> bool:
     return (folder / CONFIG_FILE).exists() or (folder / "checkpoints").exists()
 
 
+def is_first_process() -> bool:
+    """Whether this process is the job's first, also before there is a trainer to ask."""
+    # started by hand, each node's first process has no rank yet, only the number of its node
+    nodes = (os.environ.get(name, "0") for name in ("NODE_RANK", "GROUP_RANK"))
+    return rank_zero_only.rank == 0 and all(node == "0" for node in nodes)
+
+
 def check_free(folder: Path, *, resume: str | None) -> None:
-    """Raises UserError where another run lives in the folder of a new one."""
-    if holds_a_run(folder) and resume is None:
+    """Raises UserError where another run lives in the folder of this one."""
+    if not holds_a_run(folder):
+        return
+    if resume is None:
         raise UserError(
             f"{folder} already holds a run: give this one another name (name=...), go on with "
             "that one (resume=auto), or move it away"
+        )
+    if resume != "auto" and folder.resolve() not in Path(resume).expanduser().resolve().parents:
+        raise UserError(
+            f"{folder} already holds a run, and resume={resume} is of another: give this one "
+            "another name (name=...), or go on with that one under its own name"
         )
 
 
@@ -57,21 +73,41 @@ def make(folder: Path) -> None:
 def resume_from(folder: Path, resume: str | None) -> str | None:
     """The checkpoint to go on from, None for a fresh start.
 
-    `auto` takes the last one of this folder and says so where there is none yet, so that one
-    command line serves the first start and every restart.
+    `auto` takes the newest of this folder and says so where there is none yet, so that one command
+    line serves the first start and every restart.
     """
     if resume is None:
         return None
-    path = folder / LAST_CHECKPOINT if resume == "auto" else Path(resume).expanduser()
-    if path.is_file():
+    path = newest_checkpoint(folder) if resume == "auto" else Path(resume).expanduser()
+    if path is not None and path.is_file():
         log.info("resuming from %s", path)
         return str(path)
-    if resume == "auto":
+    if path is None:
         log.warning("resume=auto: no checkpoint in %s yet, this run starts at step 0", folder)
         return None
     raise UserError(
         f"resume={resume}: no such checkpoint; resume=auto takes the last one of {folder}"
     )
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """`last.ckpt`, or the newest of the numbered ones where that is gone; None without any.
+
+    Raises UserError where there are only checkpoints that a run cannot go on from.
+    """
+    last = folder / LAST_CHECKPOINT
+    if last.is_file():
+        return last
+    numbered = sorted(last.parent.glob("epoch*.ckpt"), key=lambda path: path.stat().st_mtime)
+    if numbered:
+        return numbered[-1]
+    others = sorted(last.parent.glob("*.ckpt"))
+    if any(path.is_file() for path in others):
+        raise UserError(
+            f"resume=auto: {last} is gone and {others[0].name} is not one to go on from (weights "
+            "only): start a new run with init_from, under another name"
+        )
+    return None
 
 
 def describe_environment() -> dict[str, Any]:
@@ -95,9 +131,15 @@ def describe_environment() -> dict[str, Any]:
     }
 
 
-def write_environment(folder: Path) -> None:
-    text = json.dumps(describe_environment(), indent=2)
-    (folder / "environment.json").write_text(text + "\n", encoding="utf-8")
+def write_records(folder: Path, config: str) -> None:
+    """The resolved config (YAML) and the environment; those of a resumed run stand beside them."""
+    environment = json.dumps(describe_environment(), indent=2) + "\n"
+    for name, text in ((CONFIG_FILE, config), ("environment.json", environment)):
+        path, number = folder / name, 0
+        while path.exists():
+            number += 1
+            path = (folder / name).with_suffix(f".resumed-{number}{Path(name).suffix}")
+        path.write_text(text, encoding="utf-8")
 
 
 def _processor() -> str:

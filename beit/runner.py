@@ -1,22 +1,27 @@
 """From a config to objects, and from objects to a run. Knows no task in particular."""
 
-import contextlib
 import logging
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from beit import config, run_folder
+from beit.callbacks.randomness import KeyedRandomness
 from beit.callbacks.record import ConfigRecord
-from beit.checkpoint import Checkpoint, initialise_backbone, load_part, read_checkpoint
-from beit.console import quiet_lightning, write_log_to
+from beit.checkpoint import (
+    Checkpoint,
+    check_resumable,
+    initialise,
+    load_part,
+    read_checkpoint,
+)
+from beit.console import RunLog, only_warnings, quiet_lightning
 from beit.errors import UserError
+from beit.recorded import composed
 from beit.tasks.planning import plan
 
 log = logging.getLogger(__name__)
@@ -27,26 +32,33 @@ def fit(cfg: DictConfig) -> dict[str, float]:
 
     Raises UserError, before any training, for what cannot be done.
     """
-    config.check(cfg)
-    world_size = config.settle_devices(cfg)
-    folder = Path(cfg.paths.output_dir)
-    if rank_zero_only.rank == 0:
-        run_folder.check_free(folder, resume=cfg.resume)
-    checkpoint = run_folder.resume_from(folder, cfg.resume)
-    quiet_lightning()
-    torch.set_float32_matmul_precision("high")
-    L.seed_everything(cfg.seed, workers=False, verbose=False)
-    task, data = build(cfg, world_size)
-    settled = config.plain(cfg)
-    if rank_zero_only.rank == 0:  # only now: what is refused leaves nothing behind
-        run_folder.make(folder)
-    trainer = build_trainer(cfg, settled)
-    with _run_log(folder, cfg):
+    first = run_folder.is_first_process()
+    with RunLog() as run_log:
+        if not first:
+            only_warnings()
+        config.check(cfg)
+        world_size = config.settle_devices(cfg)
+        folder = Path(cfg.paths.output_dir)
+        if first:
+            run_folder.check_free(folder, resume=cfg.resume)
+        checkpoint = run_folder.resume_from(folder, cfg.resume)
+        quiet_lightning()
+        torch.set_float32_matmul_precision("high")
+        L.seed_everything(cfg.seed, workers=False, verbose=False)
+        task, data = build(cfg, world_size)
+        settled = config.plain(cfg)
+        if checkpoint:
+            for line in check_resumable(task, checkpoint, settled):
+                log.info("other than before: %s", line)
+        trainer = build_trainer(cfg, settled)
+        if first:  # only now: what is refused leaves nothing behind
+            run_folder.make(folder)
+            run_log.open(folder / "train.log")
+            run_folder.write_records(folder, OmegaConf.to_yaml(OmegaConf.create(settled)))
         _announce(cfg, task, world_size)
         trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=True)
-        metrics = {key: float(value) for key, value in trainer.callback_metrics.items()}
         log.info("run folder: %s", folder)
-    return metrics
+    return {key: float(value) for key, value in trainer.callback_metrics.items()}
 
 
 def build(cfg: DictConfig, world_size: int) -> tuple[L.LightningModule, L.LightningDataModule]:
@@ -57,12 +69,11 @@ def build(cfg: DictConfig, world_size: int) -> tuple[L.LightningModule, L.Lightn
     task = config.instantiate(cfg.task)
     task.optim.warmup_length(*_plan(cfg, data, world_size))
     if cfg.init_from:
-        backbone = getattr(task, "backbone", None)
-        if backbone is None:
+        if not hasattr(task, "backbone"):
             raise UserError(
                 f"init_from={cfg.init_from}: {type(task).__name__} has no backbone to start from"
             )
-        report = initialise_backbone(backbone, cfg.init_from)
+        report = initialise(task, cfg.init_from)
         log.info("init_from %s\n%s", cfg.init_from, report)
     return task, data
 
@@ -85,7 +96,11 @@ def build_trainer(cfg: DictConfig, settled: dict[str, Any]) -> L.Trainer:
     loggers = [config.instantiate(node) for node in (cfg.logger or {}).values() if node]
     return config.instantiate(
         cfg.trainer,
-        callbacks=[ConfigRecord(settled), *callbacks],
+        callbacks=[
+            KeyedRandomness(cfg.seed),
+            ConfigRecord(settled, composed(cfg)),
+            *callbacks,
+        ],
         logger=loggers or False,
     )
 
@@ -126,21 +141,7 @@ def _load_children(task: L.LightningModule, checkpoint: Checkpoint) -> None:
             load_part(child, checkpoint, name)
 
 
-@contextlib.contextmanager
-def _run_log(folder: Path, cfg: DictConfig) -> Iterator[None]:
-    """Config, environment and log file of the run, written by the first rank alone."""
-    if rank_zero_only.rank != 0:
-        yield
-        return
-    OmegaConf.save(OmegaConf.create(config.plain(cfg)), folder / run_folder.CONFIG_FILE)
-    run_folder.write_environment(folder)
-    with write_log_to(folder / "train.log"):
-        yield
-
-
 def _announce(cfg: DictConfig, task: L.LightningModule, world_size: int) -> None:
-    if rank_zero_only.rank != 0:
-        return
     accumulate = cfg.trainer.accumulate_grad_batches
     log.info(
         "%s: %s trainable parameters, precision %s, pid %d",

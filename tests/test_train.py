@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -81,6 +82,16 @@ def test_evaluate_repeats_the_runs_own_validation(runs: Path) -> None:
     assert metrics["val/loss"] == pytest.approx(column(runs / "finetune", "val/loss")[-1], rel=1e-5)
 
 
+def test_evaluate_takes_other_data_and_another_trainer(runs: Path) -> None:
+    checkpoint = last(runs / "finetune")
+    other = beit.evaluate(checkpoint, "data.val.split=train", "trainer=cpu", "seed=0")
+    assert other["val/loss"] != beit.evaluate(checkpoint)["val/loss"]
+    with pytest.raises(UserError, match="nonsense"):
+        beit.evaluate(checkpoint, "data.val.split=nonsense")
+    with pytest.raises(UserError, match="no such choice"):
+        beit.evaluate(checkpoint, "trainer=nonsense")
+
+
 def test_evaluate_takes_changes_and_refuses_unknown_keys(runs: Path) -> None:
     fewer = beit.evaluate(last(runs / "finetune"), "trainer.limit_val_batches=1")
     assert fewer["val/loss"] != beit.evaluate(last(runs / "finetune"))["val/loss"]
@@ -142,7 +153,7 @@ def test_a_run_folder_is_never_written_over(runs: Path, tiny: Words) -> None:
 def test_a_resumed_run_equals_an_uninterrupted_one(runs: Path, tiny: Words, tmp_path: Path) -> None:
     path = f"tokenizer.path={last(runs / 'tokenizer')}"
     words = [*tiny["mim"], path]
-    words += [f"paths.runs_dir={tmp_path}", "trainer.max_epochs=3"]
+    words += [f"paths.runs_dir={tmp_path}", "trainer.max_epochs=3", "model.drop_path_rate=0.5"]
     beit.train(*words, "name=whole", "callbacks.last_checkpoint.save_top_k=-1")
     first = next((tmp_path / "whole" / "checkpoints").glob("epoch0000*.ckpt"))
     beit.train(*words, "name=cut", f"resume={first}")
@@ -150,6 +161,74 @@ def test_a_resumed_run_equals_an_uninterrupted_one(runs: Path, tiny: Words, tmp_
     whole = read_checkpoint(last(tmp_path / "whole")).state_dict
     cut = read_checkpoint(last(tmp_path / "cut")).state_dict
     assert all(torch.equal(whole[key], cut[key]) for key in whole)
+
+
+@pytest.mark.parametrize(
+    ("stage", "words", "expected"),
+    [
+        ("finetune", ["name=finetune", "resume={runs}/pretrain/checkpoints/last.ckpt"], "another"),
+        ("finetune", ["name=new", "resume={runs}/pretrain/checkpoints/last.ckpt"], "task mim"),
+        ("finetune", ["name=finetune", "resume=auto", "model.width=26"], "another shape"),
+    ],
+)
+def test_resume_refuses_what_is_not_the_same_run(
+    runs: Path, tiny: Words, stage: str, words: list[str], expected: str
+) -> None:
+    before = (runs / stage / "config.yaml").read_bytes()
+    filled = [word.format(runs=runs) for word in words]
+    with pytest.raises(UserError, match=expected):
+        beit.train(*tiny["classification"], f"paths.runs_dir={runs}", *filled)
+    assert (runs / stage / "config.yaml").read_bytes() == before
+    assert not (runs / "new").exists()
+
+
+def test_resume_auto_takes_the_newest_where_the_last_is_gone(tmp_path: Path) -> None:
+    from beit.run_folder import newest_checkpoint
+
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    assert newest_checkpoint(tmp_path) is None
+    (folder / "best.ckpt").touch()
+    with pytest.raises(UserError, match="weights"):
+        newest_checkpoint(tmp_path)
+    for number, name in enumerate(["epoch0002.ckpt", "epoch0010.ckpt"]):
+        (folder / name).touch()
+        os.utime(folder / name, (number, number))
+    (folder / "last.ckpt").symlink_to("gone.ckpt")
+    assert newest_checkpoint(tmp_path) == folder / "epoch0010.ckpt"
+
+
+def test_parts_that_would_be_lost_are_refused(runs: Path, tiny: Words) -> None:
+    start = f"init_from={last(runs / 'pretrain')}"
+    with pytest.raises(UserError, match="gamma_1"):
+        beit.train(*tiny["classification"], start, "model.layer_scale=0", "name=x")
+    with pytest.raises(UserError, match="pos_embed"):
+        beit.train(*tiny["classification"], start, "model.absolute_position=true", "name=x")
+
+
+def test_a_classifier_passes_its_norm_and_a_fitting_head_on(runs: Path, tiny: Words) -> None:
+    from beit import config, runner
+
+    before = read_checkpoint(last(runs / "finetune")).state_dict
+    start = f"init_from={last(runs / 'finetune')}"
+    for classes, carried in (("10", True), ("12", False)):
+        words = [*tiny["classification"], "name=x", start, f"data.num_classes={classes}"]
+        cfg = config.compose(words)
+        task, _ = runner.build(cfg, world_size=config.settle_devices(cfg))
+        after = task.state_dict()
+        assert torch.equal(after["head.fc_norm.weight"], before["head.fc_norm.weight"])
+        same = before["head.head.weight"].shape == after["head.head.weight"].shape
+        assert same is carried
+        assert not carried or torch.equal(after["head.head.weight"], before["head.head.weight"])
+
+
+def test_all_that_was_not_carried_over_is_in_the_log(runs: Path) -> None:
+    text = (runs / "finetune" / "train.log").read_text()
+    lists = {line.split()[0]: line for line in text.splitlines() if line.startswith(("fr", "not"))}
+    for key in ("mask_token", "norm.weight", "head.lm_head.weight"):
+        assert key in lists["not"]
+    for key in ("head.fc_norm.weight", "head.head.bias"):
+        assert key in lists["fresh"]
 
 
 def test_a_checkpoint_of_another_architecture_is_refused(runs: Path, tiny: Words) -> None:

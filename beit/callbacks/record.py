@@ -10,11 +10,12 @@ from beit.checkpoint import record
 class ConfigRecord(L.Callback):
     """Adds the entry `beit` to every checkpoint: plain data, loadable with `weights_only=True`."""
 
-    def __init__(self, config: dict[str, Any]) -> None:
+    def __init__(self, config: dict[str, Any], composed: dict[str, Any]) -> None:
         self.config = config
+        self.composed = composed
 
     def on_save_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         classes = getattr(trainer.datamodule, "classes", None)
-        checkpoint["beit"] = record(self.config, classes)
+        checkpoint["beit"] = record(self.config, self.composed, classes)

@@ -46,8 +46,9 @@ class TransferReport:
             "loaded": (len(self.loaded), _abbreviate(self.loaded)),
             "copied": (len(self.copied), "; ".join(copied)),
             "resized": (len(self.resized), "; ".join(resized)),
-            "fresh (missing)": (len(self.missing), _abbreviate(self.missing)),
-            "not used (unexpected)": (len(self.unexpected), _abbreviate(self.unexpected)),
+            # what was not carried over is never cut short
+            "fresh (missing)": (len(self.missing), _abbreviate(self.missing, limit=0)),
+            "not used (unexpected)": (len(self.unexpected), _abbreviate(self.unexpected, limit=0)),
         }
         return [(kind, str(count), which) for kind, (count, which) in kinds.items() if count]
 
@@ -179,7 +180,7 @@ def _check_depth(source: Mapping[str, Tensor], model: VisionTransformer) -> None
 
 
 def _abbreviate(keys: list[str], limit: int = 6) -> str:
-    """Keys in one line, those of all blocks written once, the rest counted beyond `limit`."""
+    """Keys in one line, those of all blocks written once; beyond `limit` counted, 0 is no limit."""
     short: dict[str, int] = {}
     for key in keys:
         parts = key.split(".")
@@ -187,5 +188,6 @@ def _abbreviate(keys: list[str], limit: int = 6) -> str:
             key = ".".join(["blocks.*", *parts[2:]])
         short[key] = short.get(key, 0) + 1
     names = [f"{key} (x{count})" if count > 1 else key for key, count in short.items()]
-    more = f", and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
+    shown = names[:limit] if limit else names
+    more = f", and {len(names) - len(shown)} more" if len(names) > len(shown) else ""
+    return ", ".join(shown) + more

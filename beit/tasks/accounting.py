@@ -29,6 +29,7 @@ class MeanOverGlobalBatch:
     def __init__(self) -> None:
         self._reference = torch.tensor(0.0)
         self._counts: list[Tensor] = []
+        self.mean = torch.tensor(0.0)  # of the last micro-batch: this rank's share of it, to log
 
     def __call__(
         self, task: L.LightningModule, total: Tensor, count: int, batch_idx: int
@@ -43,7 +44,9 @@ class MeanOverGlobalBatch:
         if batch_idx % task.trainer.accumulate_grad_batches == 0:
             self._reference, self._counts = everywhere, []
         self._counts.append(everywhere)
-        return total * task.trainer.world_size / self._reference
+        scaled = total * task.trainer.world_size
+        self.mean = scaled.detach() / everywhere
+        return scaled / self._reference
 
     def correct_gradients(self, task: L.LightningModule) -> None:
         """To be called once the window's gradients are complete, before they are clipped."""

@@ -54,7 +54,7 @@ class MaskedImageModeling(L.LightningModule):
         with torch.no_grad():
             self.train_tokens.update(targets)
             hits = (logits.argmax(dim=-1) == targets).float().mean()
-        self.log("train/loss", loss, prog_bar=True, sync_dist=True)
+        self.log("train/loss", self.average.mean, prog_bar=True, sync_dist=True)
         self.log("train/mim_acc", hits, prog_bar=True, sync_dist=True)
         return loss
 
