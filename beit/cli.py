@@ -3,7 +3,7 @@
 import os
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TextIO
 
 from beit import __version__
 from beit.errors import UserError
@@ -14,7 +14,8 @@ usage: beit VERB [KEY=VALUE ...]
 
   train      train a tokenizer, pretrain or fine-tune
                beit train experiment=demo/pretrain
-               beit train task=classification model=base data=folder paths.data_dir=photos
+               beit train task=classification model=base data=folder paths.data_dir=photos \\
+                 batch.global_size=1024 batch.per_device=64 trainer.max_epochs=100
                beit train experiment=demo/finetune seed=0,1,2 -m          (a sweep)
   evaluate   validate the weights of a checkpoint
                beit evaluate checkpoint=runs/x/checkpoints/last.ckpt [KEY=VALUE of its config]
@@ -50,26 +51,28 @@ def main() -> int:
         return 130
 
 
-def _refuse(error: Exception) -> int:
-    print(f"beit: error: {' '.join(str(error).split())}", file=sys.stderr)
+def _refuse(error: Exception, member: str = "") -> int:
+    where = f"{member}: " if member else ""
+    print(f"beit: error: {where}{' '.join(str(error).split())}", file=sys.stderr)
     return 2
 
 
 def train(arguments: list[str]) -> int:
     """Compose a config with Hydra and run it; -m runs a sweep, one member after the other."""
     import hydra
-    from hydra.errors import HydraException
     from omegaconf import DictConfig
-    from omegaconf.errors import OmegaConfBaseException
 
     from beit import config
     from beit.console import log_to_console
-    from beit.explain import explain, train_help
+    from beit.explain import explained, train_help
 
     if any(word in ("-h", "--help") for word in arguments):
         print(train_help())
         return 0
 
+    words, flags = _split_flags(arguments)
+    if not {"-m", "--multirun"} & set(flags):
+        config.refuse_sweep(words)
     config.register()
     log_to_console()
     codes: list[int] = []
@@ -77,43 +80,87 @@ def train(arguments: list[str]) -> int:
 
     def run(cfg: DictConfig) -> float | None:
         sys.argv = typed  # Lightning starts the other ranks with these words
-        code, metrics = _run_member(cfg)
+        code, metrics = _run_member(cfg, flags)
         codes.append(code)
         return metrics.get("val/loss")
 
     # let Hydra raise what it would otherwise print and turn into exit code 1
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    sys.argv = [sys.argv[0], *arguments]
+    sys.argv = [sys.argv[0], *words, *flags]
     command = hydra.main(
         version_base="1.3", config_path=str(config.config_dir()), config_name="train"
     )(run)
-    try:
+    with explained(words):
         command()
-    except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(explain(error, arguments)) from error
-    return max(codes, default=0)
+    return 1 if 1 in codes else max(codes, default=0)
 
 
-def _run_member(cfg: Any) -> tuple[int, dict[str, float]]:
-    """One run, or one member of a sweep: a mistake in it is reported and the others go on."""
+def _run_member(cfg: Any, flags: list[str]) -> tuple[int, dict[str, float]]:
+    """One run, or one member of a sweep: what goes wrong in it is reported, the others go on."""
+    import logging
+
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
-    from omegaconf.errors import OmegaConfBaseException
 
     from beit import runner
-    from beit.explain import explain
+    from beit.explain import explained
 
     hydra = HydraConfig.get()
+    member = ""
     if hydra.mode == RunMode.MULTIRUN:
+        member = " ".join(hydra.overrides.task)
         cfg.paths.output_dir = hydra.runtime.output_dir
         folder = f"paths.output_dir={cfg.paths.output_dir}"
-        sys.argv = [sys.argv[0], "train", *hydra.overrides.task, folder]
+        alone = [flag for flag in flags if flag not in ("-m", "--multirun")]
+        sys.argv = [sys.argv[0], "train", *hydra.overrides.task, folder, *alone]
     try:
-        return 0, runner.fit(cfg)
+        with explained([]):
+            return 0, runner.fit(cfg)
     except UserError as error:
-        return _refuse(error), {}
-    except OmegaConfBaseException as error:
-        return _refuse(UserError(explain(error, []))), {}
+        return _refuse(error, member), {}
+    except Exception:
+        if not member:
+            raise
+        logging.getLogger("beit").exception("beit: failed: %s", member)
+        return 1, {}
+
+
+# Hydra's own that make sense here, and whether a value follows
+_FLAGS = {
+    "-m": False,
+    "--multirun": False,
+    "--resolve": False,
+    "--cfg": True,
+    "-c": True,
+    "--package": True,
+    "-p": True,
+    "--config-dir": True,
+    "-cd": True,
+}
+
+
+def _split_flags(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """The words and the flags: Hydra understands words only before the flags."""
+    from beit.nearest import did_you_mean
+
+    words: list[str] = []
+    flags: list[str] = []
+    waiting = iter(arguments)
+    for argument in waiting:
+        name, equals, value = argument.partition("=")
+        if not argument.startswith("-"):
+            words.append(argument)
+        elif name not in _FLAGS or (equals and not _FLAGS[name]):
+            raise UserError(f"{argument} is not a flag of train: {did_you_mean(name, _FLAGS)}")
+        elif not _FLAGS[name]:
+            flags.append(name)
+        else:
+            value = value if equals else next(waiting, "")
+            if not value or (name in ("--cfg", "-c") and value not in ("job", "hydra", "all")):
+                expected = "job, hydra or all" if name in ("--cfg", "-c") else "a value after it"
+                raise UserError(f"{name} {value}".rstrip() + f": expected {expected}")
+            flags += [name, value]
+    return words, flags
 
 
 def evaluate(arguments: list[str]) -> int:
@@ -122,7 +169,7 @@ def evaluate(arguments: list[str]) -> int:
 
     from beit.console import log_to_console
 
-    if _wants_help(arguments, "checkpoint=PATH [KEY=VALUE of the run's config ...]"):
+    if _wants_help(arguments, "evaluate", "checkpoint=PATH [KEY=VALUE of the run's config ...]"):
         return 0
     own, overrides = _split(arguments, ("checkpoint",))
     log_to_console()
@@ -139,7 +186,7 @@ def predict(arguments: list[str]) -> int:
     from beit.console import log_to_console
 
     usage = "checkpoint=PATH images=FILE_OR_FOLDER [top_k=5] [batch_size=32] [output=FILE]"
-    if _wants_help(arguments, usage):
+    if _wants_help(arguments, "predict", usage):
         return 0
     own, rest = _split(arguments, ("checkpoint", "images", "top_k", "batch_size", "output"))
     if rest:
@@ -154,15 +201,26 @@ def predict(arguments: list[str]) -> int:
     from beit import face
 
     lines = face.iterate_predictions(checkpoint, images, top_k=top_k, batch_size=batch_size)
-    with open(output, "x", encoding="utf-8") if output else os.fdopen(os.dup(1), "w") as sink:
+    with _sink(output) as sink:
         for line in lines:
             print(json.dumps(line), file=sink)
     return 0
 
 
-def _wants_help(arguments: list[str], usage: str) -> bool:
+def _sink(output: str | None) -> TextIO:
+    if not output:
+        return os.fdopen(os.dup(1), "w")
+    try:
+        return open(output, "x", encoding="utf-8")
+    except OSError as error:
+        raise UserError(
+            f"output={output} cannot be written ({error.strerror}): choose another file"
+        ) from error
+
+
+def _wants_help(arguments: list[str], verb: str, usage: str) -> bool:
     if any(word in ("-h", "--help") for word in arguments):
-        print(f"usage: beit VERB {usage}")
+        print(f"usage: beit {verb} {usage}")
         return True
     return False
 

@@ -1,23 +1,23 @@
 """The configuration: its root schema, its resolvers and the checks across fields.
 
-The only file that knows the keys of the config tree. Everything below the door takes plain
-arguments. Hydra refuses an unknown key in a node that a schema describes; the nodes with a
-`_target_` are checked against their constructor when they are built.
+With `checks` the only file that knows the keys of the config tree. Everything below the door takes
+plain arguments. Hydra refuses an unknown key in a node that a schema describes; the nodes with a
+`_target_` are checked against their constructors (see `building`).
 """
 
 import functools
 import logging
-import pydoc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import hydra.utils
 from hydra.core.config_store import ConfigStore
-from hydra.errors import InstantiationException
 from omegaconf import MISSING, DictConfig, OmegaConf, open_dict
 
+from beit import checks
+from beit.building import check_arguments, check_values, located
+from beit.building import instantiate as instantiate
 from beit.errors import UserError
 from beit.sizes import patch_grid
 
@@ -25,16 +25,8 @@ log = logging.getLogger(__name__)
 
 PACKAGE_DIR = Path(__file__).resolve().parent
 
-# what a `_target_` may name: a config file must not be able to call whatever it likes
-ALLOWED_TARGETS = (
-    "beit.",
-    "datetime.timedelta",
-    "torch.",
-    "torchvision.",
-    "torchmetrics.",
-    "lightning.",
-    "timm.",
-)
+# built from what stands in the files alone, not from the data or another run's checkpoint
+CHECKED_GROUPS = ("trainer", "model", "optim", "loader", "callbacks", "logger")
 
 
 def config_dir() -> Path:
@@ -141,63 +133,17 @@ def compose(overrides: list[str], *, config_name: str = "train") -> DictConfig:
         return hydra_compose(config_name=config_name, overrides=overrides)
 
 
+def refuse_sweep(words: list[str]) -> None:
+    """Raises UserError for a space to search, which a single run would ignore."""
+    for word in words:
+        if word.startswith("sweep=") and word not in ("sweep=null", "sweep="):
+            raise UserError(f"{word} is a space to search: say beit train -m {word} ...")
+
+
 def plain(cfg: DictConfig) -> dict[str, Any]:
     """The config as dicts, lists and scalars, every interpolation resolved."""
     content: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     return content
-
-
-def instantiate(node: Any, **extra: Any) -> Any:
-    """Build the object that a node's `_target_` names, once every target in it is allowed.
-
-    Raises UserError where a target is not allowed, does not exist, or refuses its arguments.
-    """
-    if isinstance(node, dict):
-        node = OmegaConf.create(node)
-    if OmegaConf.is_config(node):  # Hydra itself cannot resolve an interpolation into a list
-        node = OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
-    _check_targets(node)
-    try:
-        return hydra.utils.instantiate(node, _convert_="all", **extra)
-    except InstantiationException as error:
-        cause = error.__cause__
-        if isinstance(cause, UserError):
-            raise cause from None
-        if isinstance(cause, (TypeError, ImportError)) or cause is None:
-            raise UserError(" ".join(str(error).split())) from error
-        raise cause from error
-
-
-def _check_targets(node: Any) -> None:
-    if isinstance(node, list):
-        for item in node:
-            _check_targets(item)
-    elif isinstance(node, dict):
-        if "_target_" in node and not _is_allowed(str(node["_target_"])):
-            raise UserError(
-                f"_target_: {node['_target_']} is not allowed: a config may name only functions "
-                f"of beit, and classes of {', '.join(prefix + '*' for prefix in ALLOWED_TARGETS)}"
-            )
-        for value in node.values():
-            _check_targets(value)
-    elif isinstance(node, str) and "${" in node:
-        # an escaped interpolation: Hydra would resolve it after this check
-        raise UserError(f"{node}: a value that is built from may not hold an interpolation")
-
-
-def _is_allowed(target: str) -> bool:
-    """By where it is defined, not only by its name: beit.cli.os.system is another's function."""
-    if not target.startswith(ALLOWED_TARGETS):
-        return False
-    try:
-        found = pydoc.locate(target)
-    except pydoc.ErrorDuringImport:
-        found = None
-    if found is None:
-        return True  # Hydra says what is wrong with the name
-    home = f"{getattr(found, '__module__', '')}.{getattr(found, '__qualname__', '')}"
-    # functions of other packages do more than build: torch.hub.load runs what it downloads
-    return home.startswith(ALLOWED_TARGETS if isinstance(found, type) else "beit.")
 
 
 def accumulation(*, global_size: int, per_device: int, devices: int) -> int:
@@ -227,16 +173,7 @@ def accumulation(*, global_size: int, per_device: int, devices: int) -> int:
 
 def settle_devices(cfg: DictConfig) -> int:
     """Fix `trainer.devices` to a number and work out the accumulation. Returns the world size."""
-    devices = cfg.trainer.get("devices", 1)
-    if devices in ("auto", -1, "-1"):
-        import torch
-
-        on_gpu = cfg.trainer.get("accelerator") in ("gpu", "cuda", "auto")
-        devices = max(1, torch.cuda.device_count()) if on_gpu else 1
-    if isinstance(devices, str) and devices.isdigit():
-        devices = int(devices)
-    count = devices if isinstance(devices, int) else len(devices)
-    world_size = count * int(cfg.trainer.get("num_nodes", 1))
+    devices, world_size = _devices(cfg.trainer)
     accumulate = accumulation(
         global_size=cfg.batch.global_size, per_device=cfg.batch.per_device, devices=world_size
     )
@@ -244,6 +181,24 @@ def settle_devices(cfg: DictConfig) -> int:
         cfg.trainer.devices = devices
         cfg.trainer.accumulate_grad_batches = accumulate
     return world_size
+
+
+def _devices(trainer: DictConfig) -> tuple[Any, int]:
+    """(`trainer.devices` as a number or a list, the world size)."""
+    devices = trainer.get("devices", 1)
+    if devices in ("auto", -1):
+        import torch
+
+        on_gpu = trainer.get("accelerator") in ("gpu", "cuda", "auto")
+        devices = max(1, torch.cuda.device_count()) if on_gpu else 1
+    listed = list(devices) if OmegaConf.is_list(devices) else []
+    count = len(listed) if listed else devices
+    if not all(type(number) is int for number in [count, *listed]) or count < 1:
+        raise UserError(
+            f"trainer.devices={devices}: expected how many, auto (or -1) for all there are, or a "
+            "list such as [0,1]"
+        )
+    return devices, count * int(trainer.get("num_nodes", 1))
 
 
 def settle_classes(cfg: DictConfig, found: int) -> None:
@@ -266,22 +221,41 @@ def dotted_keys(node: Any, prefix: str = "") -> Iterator[tuple[str, bool]]:
 
 def check(cfg: DictConfig) -> None:
     """Everything that can be known to be wrong before anything is built."""
-    strangers = sorted(set(cfg) - {entry.name for entry in fields(TrainConfig)})
-    if strangers:
-        raise UserError(f"{strangers[0]} is not a key of a training config: see beit train --help")
-    for key, missing in dotted_keys(cfg):
-        if missing:
-            raise UserError(f"{key} has no value: give it, as in {key}=VALUE")
+    content: Any = OmegaConf.to_container(cfg, resolve=False)
+    checks.check_root(content, [entry.name for entry in fields(TrainConfig)])
+    checks.check_missing([key for key, missing in dotted_keys(cfg) if missing])
+    checks.check_groups(content)
+    check_arguments(content, lambda place: ".".join(map(str, place)))
+    for group in CHECKED_GROUPS:
+        node = cfg[group]
+        if node is not None:
+            settled = OmegaConf.to_container(node, resolve=True)
+            check_values(settled, functools.partial(located, node))
     if cfg.resume and cfg.init_from:
         raise UserError(
             f"resume={cfg.resume} and init_from={cfg.init_from} exclude each other: resume goes "
             "on with the same run, init_from starts a new run from those weights"
         )
-    for key in ("max_epochs", "max_steps"):
-        value = cfg.trainer.get(key)
-        if value is not None and (not isinstance(value, int) or value == 0 or value < -1):
-            raise UserError(f"trainer.{key}={value}: expected a positive whole number")
-    if not any((cfg.trainer.get(key) or -1) > 0 for key in ("max_epochs", "max_steps")):
-        raise UserError("trainer.max_epochs and trainer.max_steps are both -1: give one of them")
+    checks.check_seed(cfg.seed)
+    checks.check_trainer(dict(cfg.trainer))
+    if cfg.normalize is not None:
+        normalize: Any = OmegaConf.to_container(cfg.normalize, resolve=True)
+        checks.check_normalize(normalize)
+    _check_limit(cfg)
     if cfg.model is not None:
         patch_grid(cfg.model.image_size, cfg.model.patch_size)
+        checks.check_channels(cfg.model.get("in_channels", 3))
+
+
+def _check_limit(cfg: DictConfig) -> None:
+    """An epoch may not be cut before its first optimizer step is complete."""
+    _, world_size = _devices(cfg.trainer)
+    sizes = {"global_size": cfg.batch.global_size, "per_device": cfg.batch.per_device}
+    accumulate = accumulation(**sizes, devices=world_size)
+    limit = cfg.trainer.get("limit_train_batches")
+    if isinstance(limit, int) and limit < accumulate:
+        raise UserError(
+            f"trainer.limit_train_batches={limit} is fewer than the {accumulate} micro-batches of "
+            f"one optimizer step (batch.global_size={cfg.batch.global_size}, "
+            f"{cfg.batch.per_device * world_size} images at once): give at least {accumulate}"
+        )

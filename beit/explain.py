@@ -1,7 +1,8 @@
 """Hydra's messages turned into one line: the word that is wrong, and the nearest right one."""
 
-import difflib
+import contextlib
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from hydra.errors import HydraException, MissingConfigException
@@ -9,12 +10,23 @@ from omegaconf.errors import OmegaConfBaseException
 
 from beit import config
 from beit.errors import UserError
+from beit.nearest import did_you_mean
+
+
+@contextlib.contextmanager
+def explained(overrides: list[str]) -> Iterator[None]:
+    """Within it, what Hydra and OmegaConf raise about `overrides` becomes a UserError."""
+    try:
+        yield
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(explain(error, overrides)) from error
 
 
 def explain(error: Exception, overrides: list[str]) -> str:
     """One line for an error that Hydra or OmegaConf raised while composing `overrides`."""
-    if isinstance(error.__cause__, UserError):  # raised by a resolver of ours
-        return str(error.__cause__)
+    own = _own_message(error)
+    if own:
+        return own
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         return _missing_choice(error)
     unknown = re.search(r"Could not override '([^'@]+)'", str(error)) or re.search(
@@ -33,15 +45,27 @@ def explain(error: Exception, overrides: list[str]) -> str:
     return "; ".join(keep).replace(":;", ":")
 
 
+def _own_message(error: BaseException) -> str:
+    """What a resolver of ours raised on the way to this error; empty where none did."""
+    waiting: list[BaseException | None] = [error]
+    seen: list[BaseException] = []
+    while waiting:
+        one = waiting.pop(0)
+        if isinstance(one, UserError):
+            return str(one)
+        if one is not None and one not in seen:
+            seen.append(one)
+            waiting += [one.__cause__, one.__context__]
+    return ""
+
+
 def _missing_choice(error: MissingConfigException) -> str:
     group, _, choice = str(error.missing_cfg_file).rpartition("/")
     options = sorted(error.options or ())
     if not options:
         group, _, rest = str(error.missing_cfg_file).partition("/")
         options, choice = choices(group), rest
-    near = difflib.get_close_matches(choice, options, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"expected one of {', '.join(options)}"
-    return f"{group}={choice} does not exist: {hint}"
+    return f"{group}={choice} does not exist: {did_you_mean(choice, options)}"
 
 
 def _unknown_key(key: str, error: Exception, overrides: list[str]) -> str:
@@ -52,12 +76,10 @@ def _unknown_key(key: str, error: Exception, overrides: list[str]) -> str:
         known = [name for name, _ in config.dotted_keys(cfg)]
     except (HydraException, OmegaConfBaseException):
         known = []
-    near = difflib.get_close_matches(key, known, n=2, cutoff=0.6)
-    if not near:
-        leaf = key.rpartition(".")[2]
-        near = [name for name in known if name.rpartition(".")[2] == leaf][:2]
-    hint = f"did you mean {' or '.join(near)}?" if near else "see beit train --help"
-    return f"{key} is not a key of this config: {hint}"
+    leaf = key.rpartition(".")[2]
+    same = [name for name in known if name.rpartition(".")[2] == leaf][:2]
+    other = f"did you mean {' or '.join(same)}?" if same else "see beit train --help"
+    return f"{key} is not a key of this config: {did_you_mean(key, known, otherwise=other)}"
 
 
 def choices(group: str) -> list[str]:
@@ -71,15 +93,21 @@ def train_help() -> str:
     folder = config.config_dir()
     groups = sorted(path.name for path in folder.iterdir() if path.is_dir())
     plain = [name for name in groups if name not in ("experiment", "sweep", "local")]
-    lines = ["usage: beit train [GROUP=CHOICE ...] [KEY=VALUE ...] [-m]", "", "groups:"]
+    lines = ["usage: beit train [GROUP=CHOICE ...] [KEY=VALUE ...] [FLAG ...]", "", "groups:"]
     lines += [f"  {name:12} {', '.join(choices(name))}" for name in plain]
     for group in ("experiment", "sweep"):
         lines += ["", f"{group}="]
         lines += [f"  {name:28} {_headline(folder / group / name)}" for name in choices(group)]
     lines += [
         "",
-        "beit train experiment=NAME --cfg job    prints the config without running it",
-        "--config-dir FOLDER                     adds a folder of your own configs",
+        "flags:",
+        "  -m, --multirun        a sweep: every combination of values that stand with commas",
+        "  --cfg job             prints the config without running it; --resolve fills it in",
+        "  --config-dir FOLDER   adds a folder of your own configs",
+        "",
+        "beit train experiment=demo/pretrain --cfg job",
+        "beit train experiment=demo/scratch seed=0,1,2 -m",
+        "beit train -m sweep=seeds experiment=demo/scratch",
     ]
     return "\n".join(lines)
 

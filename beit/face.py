@@ -4,14 +4,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from hydra.errors import HydraException
-from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
 from beit import config, runner
 from beit.console import log_to_console
-from beit.errors import UserError
-from beit.explain import explain
+from beit.explain import explained
 from beit.predictor import ImageClassifier
 from beit.recorded import from_checkpoint
 
@@ -22,15 +19,15 @@ def train(*overrides: str) -> dict[str, float]:
     Raises UserError for what the config gets wrong, before any training.
     """
     log_to_console()
-    try:
+    config.refuse_sweep(list(overrides))
+    with explained(list(overrides)):
         return runner.fit(config.compose(list(overrides)))
-    except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(explain(error, list(overrides))) from error
 
 
 def evaluate(checkpoint: str | Path, *overrides: str) -> dict[str, float]:
     """Validation metrics of a checkpoint; overrides change the config it carries."""
-    return runner.evaluate(from_checkpoint(checkpoint, list(overrides)))
+    with explained(list(overrides)):
+        return runner.evaluate(from_checkpoint(checkpoint, list(overrides)))
 
 
 def predict(
@@ -43,7 +40,10 @@ def predict(
 def iterate_predictions(
     checkpoint: str | Path, images: str | Path, *, top_k: int, batch_size: int
 ) -> Iterator[dict[str, Any]]:
-    """Like `predict`, one image after the other, for folders of any size."""
+    """Like `predict`, one image after the other, for folders of any size.
+
+    A checkpoint or images that are not there are refused here, not at the first record.
+    """
     return ImageClassifier.from_checkpoint(checkpoint).predict(
         images, top_k=top_k, batch_size=batch_size
     )
@@ -59,7 +59,11 @@ def load_model(checkpoint: str | Path) -> nn.Module:
 
 
 def create_model(name: str, **changes: Any) -> nn.Module:
-    """A fresh VisionTransformer of configs/model/NAME.yaml, with arguments changed by name."""
+    """A fresh VisionTransformer of configs/model/NAME.yaml, with arguments changed by name.
+
+    Raises UserError for a name that does not exist and for arguments the model does not take.
+    """
     overrides = [f"model={name}"]
-    cfg = config.compose(overrides, config_name="model")
-    return config.instantiate(cfg.model, **changes)
+    with explained(overrides):
+        cfg = config.compose(overrides, config_name="model")
+        return config.instantiate(cfg.model, **changes)

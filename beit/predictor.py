@@ -1,7 +1,6 @@
 """A trained classifier applied to image files."""
 
-from collections.abc import Iterator
-from itertools import islice
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,19 +41,24 @@ class ImageClassifier:
         transform = config.instantiate(views["eval"])
         return cls(runner.load_model(path), transform, checkpoint.classes)
 
-    @torch.inference_mode()
     def predict(
         self, images: str | Path, *, top_k: int, batch_size: int
     ) -> Iterator[dict[str, Any]]:
         """One record per image: `path`, and `top` of {class, index, score}, the best first.
 
-        An image that cannot be read yields `path` and `error`.
+        An image that cannot be read yields `path` and `error`. Raises UserError, at once and not
+        with the first record, where there are no images.
         """
-        paths = iter(find_images(images))
-        while batch := list(islice(paths, batch_size)):
-            yield from self._predict_batch(batch, top_k)
+        return self._records(find_images(images), top_k, batch_size)
 
-    def _predict_batch(self, paths: list[Path], top_k: int) -> list[dict[str, Any]]:
+    def _records(
+        self, paths: Sequence[Path], top_k: int, batch_size: int
+    ) -> Iterator[dict[str, Any]]:
+        for start in range(0, len(paths), batch_size):
+            yield from self._predict_batch(paths[start : start + batch_size], top_k)
+
+    @torch.inference_mode()
+    def _predict_batch(self, paths: Sequence[Path], top_k: int) -> list[dict[str, Any]]:
         records: dict[Path, dict[str, Any]] = {}
         readable, tensors = [], []
         for path in paths:

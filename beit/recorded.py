@@ -40,7 +40,7 @@ def from_checkpoint(path: str | Path, overrides: list[str]) -> DictConfig:
     for word in overrides:
         key, _, text = word.partition("=")
         try:
-            value = yaml.safe_load(text)
+            value = OmegaConf.create(f"value: {text}").get("value")  # reads 1e-3 as a number
             old = OmegaConf.select(cfg, key, throw_on_missing=False)
             if isinstance(old, DictConfig) and isinstance(value, str):
                 _choose(cfg, key, value)

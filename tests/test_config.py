@@ -76,8 +76,11 @@ SIZES = ["batch.global_size=8", "batch.per_device=8"]
 
 
 def test_what_has_no_value_is_named() -> None:
-    with pytest.raises(UserError, match=r"batch\.global_size has no value"):
+    expected = r"^batch\.global_size and batch\.per_device have no value"
+    with pytest.raises(UserError, match=expected):
         config.check(config.compose(DEMO))
+    with pytest.raises(UserError, match=r"^batch\.per_device has no value"):
+        config.check(config.compose([*DEMO, SIZES[0]]))
 
 
 def test_a_run_without_an_end_is_refused() -> None:

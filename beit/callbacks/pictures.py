@@ -35,6 +35,9 @@ class Pictures(L.Callback):
         num_images: rows of a picture.
         every_n_epochs: 0 is never. The end of training is always drawn.
         every_n_steps: optimizer steps; 0 is never.
+
+    Raises:
+        UserError: no images, or a negative interval.
     """
 
     name = "pictures"
@@ -42,6 +45,13 @@ class Pictures(L.Callback):
     def __init__(
         self, folder: str, *, num_images: int, every_n_epochs: int = 1, every_n_steps: int = 0
     ) -> None:
+        if num_images < 1:
+            raise UserError(f"num_images {num_images} must be at least 1")
+        if min(every_n_epochs, every_n_steps) < 0:
+            raise UserError(
+                f"every_n_epochs {every_n_epochs} and every_n_steps {every_n_steps} must not be "
+                "negative; 0 is never"
+            )
         self.folder = Path(folder)
         self.num_images = num_images
         self.every_n_epochs = every_n_epochs

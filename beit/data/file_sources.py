@@ -7,6 +7,7 @@ copied, page by page, into every worker of a loader as its reference counts are 
 import csv
 import json
 import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -102,12 +103,12 @@ class ListFile(_Files):
     """A list of image files, with labels or without.
 
     CSV with a header row `path` or `path,label`, or JSON lines {"path": ..., "label": ...}. Paths
-    are relative to `root`, or to the list's own folder when root is empty. Labels are numbers, or
-    names that are in `classes`; with no classes given, names are numbered in sorted order.
+    are relative to `root`, or to the list's own folder when root is empty. Labels are numbers from
+    0 on, or names that are in `classes`; with no classes given, names are numbered in sorted order.
 
     Raises:
         UserError: with the line number, for a row without a path, a file that does not exist, a
-            label that is missing, unknown or out of range.
+            label that is missing, unknown, negative or out of range.
     """
 
     def __init__(self, path: str | Path, *, root: str = "", classes: Sequence[str] = ()) -> None:
@@ -142,7 +143,14 @@ class ListFile(_Files):
             if value in (None, ""):
                 raise UserError(f"{self.path} line {line}: no label, though other rows have one")
         numbers = [_as_number(value) for value in values]
-        if None in numbers or (classes and set(map(str, values)) <= set(classes)):
+        named = bool(classes) and set(map(str, values)) <= set(classes)
+        for (line, _), value, number in zip(rows, values, numbers, strict=True):
+            if number is not None and number < 0 and not named:
+                raise UserError(
+                    f"{self.path} line {line}: label {value!r}; numbers of classes begin at 0 "
+                    "(leave the label out of all rows if there are none)"
+                )
+        if None in numbers or named:
             classes = classes or sorted({str(value) for value in values})
             known = {name: number for number, name in enumerate(classes)}
             numbers = [known.get(str(value), -1) for value in values]
@@ -210,6 +218,6 @@ def _json_row(path: Path, line: int, text: str) -> dict[str, Any]:
 
 
 def _as_number(value: Any) -> int | None:
-    if isinstance(value, str):
-        return int(value) if value.strip().isdecimal() else None
+    if isinstance(value, str):  # int() alone would take 1_000 too, which may be a name
+        return int(value) if re.fullmatch(r"\s*[+-]?\d+\s*", value) else None
     return value if isinstance(value, int) else None

@@ -1,23 +1,16 @@
-"""Images from other libraries' data sets: torchvision, Hugging Face datasets, scikit-learn."""
+"""Images from other libraries' data sets: torchvision and scikit-learn."""
 
 import difflib
 import inspect
-import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from PIL import Image
 from torchvision import datasets as torchvision_datasets
 
-from beit.data.images import UnreadableImage, open_rgb, to_rgb
+from beit.data.images import open_rgb, to_rgb
 from beit.errors import UserError
-
-if TYPE_CHECKING:
-    from datasets import Dataset
-
-# Hugging Face's name of a parquet file: SPLIT-00000-of-00001.parquet, or plain SPLIT.parquet
-_PARQUET_NAME = re.compile(r"(?P<split>\w+?)(-\d{5}-of-\d{5})?\.parquet")
 
 
 class TorchvisionSource:
@@ -81,94 +74,6 @@ class TorchvisionSource:
         return f"TorchvisionSource({self.origin}: {len(self)} images)"
 
 
-class _Rows:
-    """The rows of a Hugging Face data set; the image column holds bytes, or {bytes, path}."""
-
-    def __init__(self, data: "Dataset", image_column: str, label_column: str, origin: str) -> None:
-        self.origin = origin
-        for column in filter(None, (image_column, label_column)):
-            if column not in data.column_names:
-                raise UserError(
-                    f"{origin}: no column '{column}'; there are {', '.join(data.column_names)}"
-                )
-        # the table itself: datasets' Image feature decodes by other rules (no EXIF), per-row
-        # indexing through the library is several times slower
-        self._images = data.data.column(image_column)
-        self.classes, self.labels = _read_labels(data, label_column)
-
-    def __len__(self) -> int:
-        return len(self._images)
-
-    def load(self, index: int) -> tuple[Image.Image, int | None]:
-        value = self._images[index].as_py()
-        if isinstance(value, dict):
-            value = value.get("bytes") or value.get("path")
-        if not isinstance(value, bytes | str) or not value:
-            raise UnreadableImage(self.name(index), f"no image bytes but {type(value).__name__}")
-        image = open_rgb(value, self.name(index))
-        return image, None if self.labels is None else int(self.labels[index])
-
-    def name(self, index: int) -> str:
-        return f"{self.origin} row {index}"
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.origin}: {len(self)} images)"
-
-
-class ParquetSource(_Rows):
-    """A folder of parquet files in the Hugging Face convention, read by random access.
-
-    PATH/data/SPLIT-00000-of-0000N.parquet or PATH/SPLIT*.parquet. Hugging Face `datasets` maps the
-    rows into memory through its cache on disk. `label_column` empty: no labels.
-
-    Raises:
-        UserError: missing folder, no parquet files, unknown split or column.
-    """
-
-    def __init__(
-        self,
-        path: str | Path,
-        split: str,
-        *,
-        image_column: str = "image",
-        label_column: str = "label",
-    ) -> None:
-        files = _parquet_files(Path(path).expanduser())
-        if split not in files:
-            raise UserError(f"{path}: no split '{split}'; there are {', '.join(sorted(files))}")
-        from datasets import Dataset
-
-        data = Dataset.from_parquet([str(file) for file in files[split]], split=split)
-        super().__init__(data, image_column, label_column, f"{path} {split}")
-
-
-class HubSource(_Rows):
-    """A data set on the Hugging Face hub, downloaded once into its cache.
-
-    Raises:
-        UserError: no such data set or split, or an unknown column.
-    """
-
-    def __init__(
-        self,
-        repo: str,
-        split: str,
-        *,
-        config: str = "default",
-        revision: str = "main",
-        image_column: str = "image",
-        label_column: str = "label",
-    ) -> None:
-        from datasets import exceptions, load_dataset
-
-        try:
-            data = load_dataset(repo, config, split=split, revision=revision)
-        except (exceptions.DatasetsError, ValueError, OSError) as error:
-            message = " ".join(str(error).split())
-            raise UserError(f"hub data set {repo} config {config} {split}: {message}") from error
-        super().__init__(data, image_column, label_column, f"{repo} {split}")
-
-
 class Digits:
     """scikit-learn's handwritten digits: 1,797 scans of 8x8 pixels, 17 greys; no download.
 
@@ -203,34 +108,6 @@ class Digits:
 
     def __repr__(self) -> str:
         return f"Digits({self.split}: {len(self)} images, 10 classes)"
-
-
-def _read_labels(data: "Dataset", column: str) -> tuple[list[str] | None, np.ndarray | None]:
-    if not column:
-        return None, None
-    values = data.data.column(column).to_pylist()
-    names = getattr(data.features[column], "names", None)
-    if all(isinstance(value, int) for value in values):
-        count = max(values, default=-1) + 1
-        return names or [str(number) for number in range(count)], np.array(values, dtype=np.int64)
-    if not all(isinstance(value, str) for value in values):
-        odd = next(value for value in values if not isinstance(value, int))
-        raise UserError(f"column '{column}': label {odd!r}; expected class numbers, or names")
-    names = sorted(set(values))
-    known = {name: number for number, name in enumerate(names)}
-    return names, np.array([known[value] for value in values], dtype=np.int64)
-
-
-def _parquet_files(folder: Path) -> dict[str, list[Path]]:
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; expected PATH/data/SPLIT-*.parquet")
-    files: dict[str, list[Path]] = {}
-    for file in sorted((folder / "data" if (folder / "data").is_dir() else folder).iterdir()):
-        if match := _PARQUET_NAME.fullmatch(file.name):
-            files.setdefault(match["split"], []).append(file)
-    if not files:
-        raise UserError(f"{folder}: no parquet files; expected data/SPLIT-00000-of-00001.parquet")
-    return files
 
 
 def _construct(name: str, root: str | Path, download: bool, options: dict[str, Any]) -> Any:

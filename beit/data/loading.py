@@ -1,22 +1,18 @@
 """Loaders of a data module: batches, workers, where a resumed run goes on, unreadable images."""
 
-import logging
 from dataclasses import dataclass
 from typing import Any
 
 import lightning as L
-import numpy as np
 import torch
-from torch import Tensor
+from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader
 
 from beit.data.dataset import Collate, KeyedDataset
-from beit.data.images import UnreadableImage
-from beit.data.sampler import GlobalBatchSampler, full_steps, limited
-from beit.data.sources import ImageSource
+from beit.data.limits import not_negative, whole_number
+from beit.data.sampler import GlobalBatchSampler, evaluation_steps, full_steps, limited
+from beit.data.unreadable import UnreadableImages, reason
 from beit.errors import UserError
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -25,10 +21,11 @@ class LoaderSettings:
 
     Args:
         global_batch_size: images of an optimizer step, over all devices.
-        batch_size_per_device: images of a micro-batch on one device.
+        batch_size_per_device: images of a micro-batch on one device; of a validation batch at most.
         num_workers: processes per rank; 0 reads in the main process.
         seed: of order, views and masks.
-        max_unreadable_images: different images that may fail on a rank before the run is refused.
+        max_unreadable_images: different images, of training and validation together, that may fail
+            on a rank before the run is refused.
         timeout_seconds: how long a batch may take to come from a worker; 0 waits for ever.
         prefetch_factor: batches read ahead by each worker.
         check_images: images of each source that are decoded before training begins.
@@ -45,11 +42,10 @@ class LoaderSettings:
 
     def __post_init__(self) -> None:
         for name in ("global_batch_size", "batch_size_per_device", "prefetch_factor"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} {getattr(self, name)}: must be at least 1")
+            whole_number(name, getattr(self, name), at_least=1)
         for name in ("num_workers", "seed", "max_unreadable_images", "check_images"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{name} {getattr(self, name)}: must not be negative")
+            whole_number(name, getattr(self, name), at_least=0)
+        not_negative("timeout_seconds", self.timeout_seconds)
 
 
 class Loaders:
@@ -66,13 +62,19 @@ class Loaders:
         self.settings = settings
         self.train_data = train
         self.val_data = val
-        self.unreadable: dict[int, str] = {}  # of the training source, as met so far
+        self.unreadable = UnreadableImages(settings.max_unreadable_images)
         self._collate = Collate(batch_type)
 
     def steps_per_epoch(self, *, world_size: int, accumulate: int) -> int:
         """Optimizer steps in an epoch. Raises UserError if the data do not fill one."""
         batch_size = self.settings.batch_size_per_device
         return full_steps(len(self.train_data), batch_size, world_size, accumulate)
+
+    def check_validation(self, *, world_size: int) -> None:
+        """Raises UserError if the validation images do not reach every rank."""
+        if self.val_data is not None:
+            batch_size = self.settings.batch_size_per_device
+            evaluation_steps(len(self.val_data), batch_size, world_size)
 
     def train(self, trainer: L.Trainer) -> DataLoader:
         """The loader of this rank, which begins where a resumed run left off."""
@@ -143,65 +145,45 @@ class Loaders:
 
     def check_sources(self, *, stage: str) -> None:
         """Decode some images of each source before anything else is done."""
+        count = self.settings.check_images
         if stage == "fit":
-            self._check_source(self.train_data.source, "training", limit=self._limit)
+            self.unreadable.probe(self.train_data.source, "training", count=count, strict=False)
         if self.val_data is not None:
-            self._check_source(self.val_data.source, "validation", limit=0)
+            strict = stage != "fit"
+            self.unreadable.probe(self.val_data.source, "validation", count=count, strict=strict)
 
-    def _check_source(self, source: ImageSource, role: str, *, limit: int) -> None:
-        count = min(self.settings.check_images, len(source))
-        failures = []
-        for index in np.linspace(0, len(source) - 1, count).round().astype(int).tolist():
-            try:
-                source.load(index)
-            except UnreadableImage as error:
-                failures.append(error)
-                if limit:
-                    self.unreadable[index] = error.name
-        if not failures:
-            return
-        named = "; ".join(str(error) for error in failures[:3])
-        message = f"{len(failures)} of {count} {role} images tried are unreadable: {named}"
-        if len(failures) > limit or len(failures) == count:
-            raise UserError(f"{message} (limit {limit}); mend or remove them")
-        log.warning("%s", message)
+    def without_failures(self, batch: Any, trainer: L.Trainer) -> Any:
+        """A batch, still on the CPU, whose unreadable images are named and dealt with.
 
-    @property
-    def _limit(self) -> int:
-        return self.settings.max_unreadable_images
+        In training others stand in for them. In the validations of a fit they are left out, and so
+        are their stand-ins; only a batch without a single readable image keeps one stand-in, for a
+        rank may not skip a step. In an evaluation of its own the first one is refused, for the
+        result would be of other images.
 
-    def count_failures(self, failed: Tensor, *, training: bool) -> None:
-        """Name the images of a batch that were replaced; raise UserError beyond the limit.
-
-        In evaluation the first one is refused, for the result would be of other images.
-        `failed` (B,) int64 on the CPU, -1 where nothing failed.
+        Raises:
+            UserError: refused, or more than `max_unreadable_images` were met.
         """
-        for index in failed[failed >= 0].tolist():
-            data = self.train_data if training else self.val_data
-            assert data is not None
-            if not training:
+        failed = batch.failed
+        kept = failed < 0
+        if bool(kept.all()):
+            return batch
+        data = self.train_data if trainer.training else self.val_data
+        assert data is not None
+        fitting = trainer.state.fn == TrainerFn.FITTING
+        for index in failed[~kept].tolist():
+            if not fitting:
                 raise UserError(
                     f"unreadable validation image {reason(data.source, index)}; "
                     "none is skipped in evaluation: mend or remove it"
                 )
-            if index in self.unreadable:
-                continue
-            self.unreadable[index] = data.source.name(index)
-            log.warning("unreadable image replaced: %s", reason(data.source, index))
-            if len(self.unreadable) > self._limit:
-                raise UserError(
-                    f"{len(self.unreadable)} unreadable images, more than max_unreadable_images="
-                    f"{self._limit}, the last {reason(data.source, index)}; mend the data set"
-                )
-
-
-def reason(source: ImageSource, index: int) -> str:
-    """Name of an unreadable image and why; it is read once more, for workers pass on no text."""
-    try:
-        source.load(index)
-    except UnreadableImage as error:
-        return str(error)
-    return f"{source.name(index)}: readable at the second attempt"
+            self.unreadable.meet(
+                data.source, "training" if trainer.training else "validation", index
+            )
+        if trainer.training:
+            return batch
+        if not bool(kept.any()):
+            kept[0] = True
+        return type(batch)(*(field[kept] for field in batch))
 
 
 def resume_position(trainer: L.Trainer, micro_batches: int) -> tuple[int, int]:

@@ -5,6 +5,7 @@ import random
 
 import numpy as np
 
+from beit.data.limits import real_number
 from beit.errors import UserError
 
 # 75 of the 14x14 patches at 224 px, blocks of at least 16 (BEiT section 2.3 and released code)
@@ -45,9 +46,15 @@ class BlockwiseMasking:
         self.grid = _checked_grid(grid)
         self.target = _target(self.grid, mask_ratio)
         scaled = scaled_min_block_patches(self.grid)
-        self.min_block_patches = scaled if min_block_patches == "scaled" else int(min_block_patches)
+        if min_block_patches == "scaled":
+            min_block_patches = scaled
+        if isinstance(min_block_patches, bool) or not isinstance(min_block_patches, int):
+            raise UserError(
+                f"min_block_patches {min_block_patches!r}: expected a whole number, or scaled"
+            )
+        self.min_block_patches = min_block_patches
         self.min_aspect = min_aspect
-        if not 0.0 < min_aspect <= 1.0:
+        if not 0.0 < real_number("min_aspect", min_aspect) <= 1.0:
             raise UserError(f"min_aspect {min_aspect}: must lie in (0, 1]; the paper uses 0.3")
         if not 1 <= self.min_block_patches <= self.target:
             raise UserError(
@@ -132,16 +139,16 @@ class RandomMasking:
 
 
 def _checked_grid(grid: tuple[int, int]) -> tuple[int, int]:
-    height, width = (int(side) for side in grid)
-    if height < 1 or width < 1:
-        raise UserError(f"grid {height}x{width}: both sides must be at least 1 patch")
-    return height, width
+    sides = tuple(grid) if isinstance(grid, list | tuple) else ()
+    if len(sides) != 2 or not all(isinstance(side, int) and side >= 1 for side in sides):
+        raise UserError(f"grid {grid!r}: expected [rows, columns], each at least 1 patch")
+    return sides[0], sides[1]
 
 
 def _target(grid: tuple[int, int], mask_ratio: float) -> int:
     """int(mask_ratio * N), not one less where 75/196 * 196 comes out as 74.999..."""
     patches = grid[0] * grid[1]
-    target = math.floor(mask_ratio * patches + 1e-6)
+    target = math.floor(real_number("mask_ratio", mask_ratio) * patches + 1e-6)
     if not 0.0 < mask_ratio < 1.0 or target < 1:
         raise UserError(
             f"mask_ratio {mask_ratio}: {target} of the {patches} patches of the "

@@ -1,101 +1,33 @@
 """Data modules: sources, transforms and loaders of each task, and what happens on the device."""
 
-import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import lightning as L
 import torch
 from timm.data import Mixup
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from beit.data.batches import LabelledBatch, MIMBatch, PixelBatch, TwoViewBatch
 from beit.data.dataset import (
     EvalLabelledSample,
-    KeyedDataset,
-    MakeSample,
     Masking,
     PixelSample,
     TrainLabelledSample,
     TwoViewSample,
 )
-from beit.data.label_checks import check_classes, check_labels
+from beit.data.image_data import ImageData as ImageData
+from beit.data.label_checks import check_labels, number_of_classes, shared_classes
+from beit.data.limits import checked_normalisation
 from beit.data.loading import Loaders as Loaders
 from beit.data.loading import LoaderSettings as LoaderSettings
 from beit.data.randomness import keyed_global_rng
 from beit.data.sources import ImageSource
 from beit.data.views import EvalTransform, PixelTransform, TrainTransform, TwoViewTransform
 from beit.errors import UserError
+from beit.sizes import height_width
 from beit.tokenizers.base import Tokenizer, to_value_range
 
-log = logging.getLogger(__name__)
-
 Mixing = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-
-
-class ImageData(L.LightningDataModule):
-    """What the data modules have in common: sources, the loaders that read them, their checks.
-
-    Args:
-        batch_type: what the loaders yield.
-        train, val: the source, and what makes a sample of its images.
-        described: lines for the log of a run.
-    """
-
-    def __init__(
-        self,
-        settings: LoaderSettings,
-        batch_type: type[Any],
-        *,
-        train: tuple[ImageSource, MakeSample],
-        val: tuple[ImageSource | None, MakeSample],
-        described: Sequence[str],
-    ) -> None:
-        super().__init__()
-        source, make_sample = val
-        val_data = None if source is None else KeyedDataset(source, make_sample, seed=settings.seed)
-        train_data = KeyedDataset(*train, seed=settings.seed)
-        self.loaders = Loaders(settings, batch_type, train=train_data, val=val_data)
-        self.classes: list[str] | None = None
-        self._described = described
-
-    @property
-    def running_trainer(self) -> L.Trainer:
-        assert self.trainer is not None, "Lightning attaches the trainer before it asks for loaders"
-        return self.trainer
-
-    def steps_per_epoch(self, *, world_size: int, accumulate: int) -> int:
-        """Optimizer steps in an epoch."""
-        return self.loaders.steps_per_epoch(world_size=world_size, accumulate=accumulate)
-
-    def check(self, *, world_size: int, accumulate: int, stage: str = "fit") -> None:
-        """Raises UserError for too few or unreadable images. `stage` is fit or validate."""
-        if stage == "fit":
-            self.steps_per_epoch(world_size=world_size, accumulate=accumulate)
-        elif self.loaders.val_data is None:
-            raise UserError("there is no validation data to evaluate on; set data.val")
-        self.loaders.check_sources(stage=stage)
-
-    def setup(self, stage: str) -> None:
-        if not self.running_trainer.is_global_zero:
-            return
-        val = self.loaders.val_data
-        log.info("training %r", self.loaders.train_data.source)
-        log.info("validation %r", val.source if val is not None else None)
-        for line in self._described:
-            log.info("%s", line)
-
-    def train_dataloader(self) -> DataLoader:
-        return self.loaders.train(self.running_trainer)
-
-    def val_dataloader(self) -> DataLoader | list[Any]:
-        return self.loaders.val(self.running_trainer)
-
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        # here the batch is still on the CPU: counting costs no synchronisation
-        self.loaders.count_failures(batch.failed, training=self.running_trainer.training)
-        return batch
 
 
 class PretrainingData(ImageData):
@@ -106,7 +38,8 @@ class PretrainingData(ImageData):
     follows the batch to its device, and is part of no checkpoint.
 
     Raises:
-        UserError: the tokenizer's grid is not the grid of the masking; see also `check`.
+        UserError: the tokenizer's grid is not the grid of the masking, or `mean` and `std` are not
+            three numbers each; see also `check`.
     """
 
     def __init__(
@@ -133,18 +66,25 @@ class PretrainingData(ImageData):
                 f"{masking.grid[0] * tokenizer.stride}x{masking.grid[1] * tokenizer.stride}"
             )
         make_sample = TwoViewSample(views, masking)
-        described = (f"views {views!r}", f"masking {masking!r}", f"tokenizer {_name(tokenizer)}")
+        mean, std = checked_normalisation(mean, std)
+        described = (
+            f"views {views!r}",
+            f"encoder's view normalised by mean {mean}, std {std}",
+            f"masking {masking!r}",
+            f"tokenizer {_name(tokenizer)}",
+        )
         super().__init__(
             loader,
             TwoViewBatch,
             train=(train, make_sample),
             val=(val, make_sample),
             described=described,
+            warned_of=_size_warning(tokenizer, views.token_image_size),
         )
         assert isinstance(tokenizer, nn.Module)
         self.tokenizer = tokenizer.eval().requires_grad_(False)
         self.tokenizer_precision = tokenizer_precision
-        self.mean, self.std = torch.tensor(list(mean)), torch.tensor(list(std))
+        self.mean, self.std = torch.tensor(mean), torch.tensor(std)
 
     def on_after_batch_transfer(self, batch: TwoViewBatch, dataloader_idx: int) -> MIMBatch:
         return MIMBatch(
@@ -182,8 +122,9 @@ class ClassificationData(ImageData):
     (seed, epoch, micro-batch, rank) alone.
 
     Raises:
-        UserError: a source without labels, labels outside [0, num_classes), or training and
-            validation classes that differ (their numbers would mean different things).
+        UserError: num_classes is neither, a source has no labels or some outside
+            [0, num_classes), or the names of the training and the validation classes differ (their
+            numbers would mean different things).
     """
 
     def __init__(
@@ -197,8 +138,8 @@ class ClassificationData(ImageData):
         mixing: Mixing | None,
         loader: LoaderSettings,
     ) -> None:
-        check_classes(train, val)
-        count = len(train.classes or ()) if num_classes == "auto" else int(num_classes)
+        count = number_of_classes(num_classes, train)
+        classes = shared_classes(train, val)
         for source, role in ((train, "training"), (val, "validation")):
             if source is not None:
                 check_labels(source, role, count)
@@ -213,7 +154,7 @@ class ClassificationData(ImageData):
                 f"{count} classes",
             ),
         )
-        self.classes = train.classes
+        self.classes = classes
         self.num_classes = count
         self.mixing = mixing or None
         if isinstance(self.mixing, Mixup):
@@ -272,6 +213,19 @@ def _name(tokenizer: Tokenizer) -> str:
     return (
         f"{type(tokenizer).__name__}(vocab_size={tokenizer.vocab_size}, "
         f"stride={tokenizer.stride}, value_range={low:.4g}..{high:.4g})"
+    )
+
+
+def _size_warning(tokenizer: Tokenizer, view: tuple[int, int]) -> tuple[str, ...]:
+    """A line for a tokenizer that was trained on another scale; some do not say which."""
+    trained = getattr(tokenizer, "image_size", None)
+    if trained is None or height_width(trained) == view:
+        return ()
+    height, width = height_width(trained)
+    return (
+        f"the tokenizer was trained at {height}x{width} px and gets {view[0]}x{view[1]} px: it "
+        f"sees things {view[0] / height:.3g} times as tall as it has learnt, so its tokens may be "
+        "poor; train one at this size, or change the image or patch size",
     )
 
 

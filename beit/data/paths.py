@@ -34,14 +34,35 @@ class PathTable:
 
 def image_files(root: Path, *, recursive: bool = True) -> Iterator[str]:
     """Paths of the images below root, relative to it, folder by folder in sorted order."""
-    walk = os.walk(root, followlinks=True)
-    for folder, _, names in sorted(walk) if recursive else [next(walk)]:
+    walk = _folders(root)
+    for folder, names in sorted(walk) if recursive else [next(walk)]:
         relative = os.path.relpath(folder, root)
-        if any(part.startswith(".") and part != "." for part in relative.split(os.sep)):
-            continue
         for name in sorted(names):
             if name.lower().endswith(EXTENSIONS) and not name.startswith("."):
                 yield os.path.normpath(os.path.join(relative, name))
+
+
+def _folders(root: Path) -> Iterator[tuple[str, list[str]]]:
+    """Each folder and its files, links followed. Hidden folders are left out, and so are links to
+    a folder that the way came through, or to one above it: they would never end."""
+    for folder, subfolders, names in os.walk(root, followlinks=True):
+        yield folder, names
+        subfolders[:] = [
+            name
+            for name in subfolders
+            if not name.startswith(".") and not _leads_back(os.path.join(folder, name), root)
+        ]
+
+
+def _leads_back(path: str, root: Path) -> bool:
+    if not os.path.islink(path):
+        return False
+    target, passed = os.path.realpath(path), [os.path.realpath(root)]
+    folder = os.path.dirname(path)
+    while not os.path.samefile(folder, root):
+        passed.append(os.path.realpath(folder))
+        folder = os.path.dirname(folder)
+    return any(os.path.commonpath([target, real]) == target for real in passed)
 
 
 def existing_folder(root: str | Path) -> Path:

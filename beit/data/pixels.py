@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from beit.data.limits import real_number
 from beit.errors import UserError
 
 INTERPOLATIONS = {
@@ -126,22 +127,18 @@ def to_tensor(image: Image.Image) -> Tensor:
 
 def checked_interpolation(name: str) -> Image.Resampling:
     """Pillow's filter of that name. Raises UserError for an unknown one."""
-    if name not in INTERPOLATIONS:
-        raise UserError(f"interpolation '{name}': expected one of {', '.join(INTERPOLATIONS)}")
+    if not isinstance(name, str) or name not in INTERPOLATIONS:
+        raise UserError(f"interpolation {name!r}: expected one of {', '.join(INTERPOLATIONS)}")
     return INTERPOLATIONS[name]
-
-
-def checked_share(name: str, value: float) -> float:
-    """A number in [0, 1]. Raises UserError otherwise."""
-    if not 0.0 <= value <= 1.0:
-        raise UserError(f"{name} {value}: must lie in [0, 1]")
-    return value
 
 
 def checked_crop(
     scale: tuple[float, float], ratio: tuple[float, float]
 ) -> tuple[tuple[float, float], tuple[float, float]]:
     """The ranges of a random crop. Raises UserError where they are empty."""
+    for name, (low, high) in {"scale": scale, "ratio": ratio}.items():
+        real_number(f"min_{name}", low)
+        real_number(f"max_{name}", high)
     if not 0.0 < scale[0] <= scale[1] <= 1.0:
         raise UserError(f"crop scale {scale[0]}..{scale[1]}: expected 0 < min <= max <= 1")
     if not 0.0 < ratio[0] <= ratio[1]:

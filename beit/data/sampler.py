@@ -11,16 +11,19 @@ from beit.errors import UserError
 class GlobalBatchSampler(Sampler[list[tuple[int, int]]]):
     """Micro-batches of one rank, as lists of (epoch, index).
 
-    The i-th micro-batch of rank r is order[(i * world_size + r) * b : (i * world_size + r + 1) * b]
-    with b = batch_size, so the optimizer steps see the same samples however a global batch of
+    In training the i-th micro-batch of rank r is
+    order[(i * world_size + r) * b : (i * world_size + r + 1) * b], b = batch_size,
+    so the optimizer steps see the same samples however a global batch of
     batch_size * world_size * accumulate is spread.
 
     Training (`drop_last`) leaves out the last incomplete global batch. Evaluation keeps everything:
-    the ranks together see each index once, and a rank's last batch may be short or missing.
+    the ranks together see each index once, in batches of at most batch_size whose sizes differ by
+    at most one, and each rank has as many of them. (DDP exchanges buffers before every batch, so
+    ranks may not differ. With batch_size 1 some batches have two samples for that.)
     Without `shuffle` the epoch stays 0: evaluation draws the same crops and masks each time.
 
     Raises:
-        UserError: `drop_last` and fewer samples than one global batch.
+        UserError: `drop_last` and fewer samples than one global batch, or fewer samples than ranks.
     """
 
     def __init__(
@@ -50,6 +53,8 @@ class GlobalBatchSampler(Sampler[list[tuple[int, int]]]):
         self._start = 0
         if drop_last:
             full_steps(size, batch_size, world_size, accumulate)
+        else:
+            evaluation_steps(size, batch_size, world_size)
 
     @property
     def sampler(self) -> "GlobalBatchSampler":
@@ -66,8 +71,7 @@ class GlobalBatchSampler(Sampler[list[tuple[int, int]]]):
         if self.drop_last:
             steps = full_steps(self.size, self.batch_size, self.world_size, self.accumulate)
             return steps * self.accumulate
-        batches = -(-self.size // self.batch_size)
-        return max(0, -(-(batches - self.rank) // self.world_size))
+        return evaluation_steps(self.size, self.batch_size, self.world_size)
 
     def set_epoch(self, epoch: int) -> None:
         """The epoch of the next iterator. Lightning calls this, also after it called iter()."""
@@ -86,9 +90,15 @@ class GlobalBatchSampler(Sampler[list[tuple[int, int]]]):
     def _batches(self, epoch: int, start: int) -> Iterator[list[tuple[int, int]]]:
         order = epoch_order(self.size, self.seed, epoch) if self.shuffle else np.arange(self.size)
         for i in range(start, len(self)):
-            begin = (i * self.world_size + self.rank) * self.batch_size
-            indices = order[begin : begin + self.batch_size]
-            yield [(epoch, index) for index in indices.tolist()]
+            begin, end = self._bounds(i * self.world_size + self.rank)
+            yield [(epoch, index) for index in order[begin:end].tolist()]
+
+    def _bounds(self, batch: int) -> tuple[int, int]:
+        """Where a batch of the job begins and ends in the order."""
+        if self.drop_last:
+            return batch * self.batch_size, (batch + 1) * self.batch_size
+        batches = len(self) * self.world_size
+        return self.size * batch // batches, self.size * (batch + 1) // batches
 
 
 def epoch_order(size: int, seed: int, epoch: int) -> np.ndarray:
@@ -114,3 +124,14 @@ def full_steps(size: int, batch_size: int, world_size: int, accumulate: int) -> 
             f"lower the global batch to at most {size}"
         )
     return size // global_batch
+
+
+def evaluation_steps(size: int, batch_size: int, world_size: int) -> int:
+    """Batches of each rank, all samples dealt out evenly. Raises UserError for too few of them."""
+    if size < world_size:
+        raise UserError(
+            f"{size} validation images are fewer than {world_size} devices: take at least "
+            f"{world_size} images, or fewer devices"
+        )
+    # at least a sample in each batch; the limit matters for batches of one alone
+    return min(-(-size // (batch_size * world_size)), size // world_size)

@@ -13,9 +13,9 @@ from beit.data.file_sources import FlatFolder as FlatFolder
 from beit.data.file_sources import ListFile as ListFile
 from beit.data.images import UnreadableImage as UnreadableImage
 from beit.data.library_sources import Digits as Digits
-from beit.data.library_sources import HubSource as HubSource
-from beit.data.library_sources import ParquetSource as ParquetSource
 from beit.data.library_sources import TorchvisionSource as TorchvisionSource
+from beit.data.table_sources import HubSource as HubSource
+from beit.data.table_sources import ParquetSource as ParquetSource
 from beit.errors import UserError
 
 
@@ -85,6 +85,11 @@ def few_labels(source: ImageSource, *, per_class: int | str, seed: int) -> Image
         return source
     if not isinstance(per_class, int) or per_class < 1:
         raise UserError(f"labels_per_class {per_class}: expected a number above 0, or all")
+    if source.labels is None:
+        raise UserError(
+            f"labels_per_class {per_class}: {source!r} has no labels; use class folders or a list "
+            "with labels (images without labels serve pretraining)"
+        )
     return Subset(source, per_class=per_class, seed=seed)
 
 

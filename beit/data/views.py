@@ -5,21 +5,27 @@ Every draw is a function of what is handed in: a `random.Random`, or (seed, epoc
 
 import random
 from collections.abc import Sequence
-from typing import Any
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from timm.data import create_transform
-from timm.data.auto_augment import RandAugment
+from timm.data.auto_augment import AugMixAugment, AutoAugment, RandAugment
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torchvision import transforms
 
+from beit.data.augmentation import checked_policy, keep_one_bit
+from beit.data.limits import (
+    checked_normalisation,
+    checked_share,
+    not_negative,
+    real_number,
+    whole_number,
+)
 from beit.data.pixels import (
     by,
     checked_crop,
     checked_interpolation,
-    checked_share,
     cropped,
     draw_crop,
     draw_jitter,
@@ -132,8 +138,11 @@ class TrainTransform:
     Random resized crop, mirroring, RandAugment (which switches colour jitter off, timm's
     convention) or colour jitter, normalisation, random erasing. Up to 32 px the image is padded
     by `small_crop_padding` pixels and cut at random instead of the resized crop, as in the
-    released code; `min_scale` then has no effect.
+    released code; `min_scale` then has no effect. `auto_augment` is one of timm's policies
+    (rand-..., augmix-..., v0, original, 3a), or None.
     Defaults: BEiT table 13 and released code.
+
+    Raises UserError for an unknown policy and for numbers out of range.
     """
 
     def __init__(
@@ -154,28 +163,31 @@ class TrainTransform:
         self.image_size = height_width(image_size)
         scale, _ = checked_crop((min_scale, max_scale), (3 / 4, 4 / 3))
         checked_interpolation(interpolation)
+        self.auto_augment = checked_policy(auto_augment)
+        self.mean, self.std = checked_normalisation(mean, std)
+        padding = whole_number("small_crop_padding", small_crop_padding, at_least=0)
         self._steps = create_transform(
             (3, *self.image_size),
             is_training=True,
             scale=scale,
             hflip=checked_share("flip", flip),
-            color_jitter=color_jitter,
+            color_jitter=not_negative("color_jitter", color_jitter),
             auto_augment=auto_augment,
             interpolation=interpolation,
-            mean=tuple(mean),
-            std=tuple(std),
+            mean=self.mean,
+            std=self.std,
             re_prob=checked_share("random_erasing", random_erasing),
             re_mode="pixel",
             re_count=1,
         )
         if max(self.image_size) <= 32:
-            crop = transforms.RandomCrop(self.image_size, padding=small_crop_padding)
+            crop = transforms.RandomCrop(self.image_size, padding=padding)
             self._steps.transforms[0] = transforms.Compose([_ExactSize(self.image_size), crop])
         for step in self._steps.transforms:
             if isinstance(step, RandomErasing):
                 step.device = "cpu"
             if isinstance(step, RandAugment):
-                _keep_one_bit(step)
+                keep_one_bit(step)
 
     def __call__(self, image: Image.Image, seed: int, epoch: int, index: int) -> Tensor:
         """An RGB image -> float (3, H, W), normalised."""
@@ -183,15 +195,23 @@ class TrainTransform:
             return self._steps(image)
 
     def __repr__(self) -> str:
-        steps = ", ".join(_one_line(step) for step in self._steps.transforms)
+        steps = ", ".join(self._one_line(step) for step in self._steps.transforms)
         return f"TrainTransform(image={by(self.image_size)}: {steps})"
+
+    def _one_line(self, step: object) -> str:
+        if isinstance(step, RandAugment | AutoAugment | AugMixAugment):
+            return f"{type(step).__name__}({self.auto_augment})"  # timm lists every operation
+        return " ".join(repr(step).split())
 
 
 class EvalTransform:
     """Resize so that size / crop_pct is covered, cut the centre, normalise.
 
-    With crop_pct 1 and at most 32 px a plain resize to the exact size. The released code uses
-    0.875 at 224 px and 1.0 from 384 px (timm's 0.9 is not what BEiT was measured with).
+    With crop_pct 1 and at most 32 px a plain resize to the exact size. "auto" is the released
+    code's rule: that plain resize up to 32 px, 0.875 below 384 px, 1.0 from there on (timm's 0.9
+    is not what BEiT was measured with).
+
+    Raises UserError for a share outside (0, 1] and for a normalisation that is none.
     """
 
     def __init__(
@@ -200,14 +220,12 @@ class EvalTransform:
         image_size: int | tuple[int, int],
         mean: Sequence[float],
         std: Sequence[float],
-        crop_pct: float = 0.875,
+        crop_pct: float | str = "auto",
         interpolation: str = "bicubic",
     ) -> None:
-        if not 0.0 < crop_pct <= 1.0:
-            raise UserError(f"crop_pct {crop_pct}: must lie in (0, 1]; 0.875 is usual at 224 px")
         self.image_size = height_width(image_size)
-        self.crop_pct = crop_pct
-        self.mean, self.std = tuple(mean), tuple(std)
+        self.crop_pct = _crop_share(crop_pct, self.image_size)
+        self.mean, self.std = checked_normalisation(mean, std)
         self.interpolation = interpolation
         self._resample = checked_interpolation(interpolation)
 
@@ -255,17 +273,10 @@ class _ExactSize:
         return f"_ExactSize({by(self.size)})"
 
 
-def _keep_one_bit(step: RandAugment) -> None:
-    """Posterizing keeps at least one bit: at timm's highest level it keeps none, which is a black
-    image up to Pillow 12 and an error since. It hits about one image in five hundred."""
-    for op in step.ops:
-        if op.name.startswith("Posterize"):
-            op.aug_fn = _posterize
-
-
-def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
-    return ImageOps.posterize(image, max(bits, 1)) if bits < 8 else image
-
-
-def _one_line(step: object) -> str:
-    return " ".join(repr(step).split())
+def _crop_share(crop_pct: float | str, image_size: tuple[int, int]) -> float:
+    """The share itself, or by the released code's rule for "auto"."""
+    if crop_pct == "auto":
+        return 0.875 if 32 < max(image_size) < 384 else 1.0
+    if isinstance(crop_pct, str | None) or not 0.0 < real_number("crop_pct", crop_pct) <= 1.0:
+        raise UserError(f"crop_pct {crop_pct!r}: must lie in (0, 1], or be auto (0.875 at 224 px)")
+    return float(crop_pct)

@@ -1,6 +1,8 @@
 """How a task is optimised: AdamW, its groups and the schedule of its learning rate."""
 
 import functools
+import math
+import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -25,7 +27,8 @@ class AdamWRecipe:
         layer_decay: rate of a layer relative to the one above it; 1.0 is off.
 
     Raises:
-        UserError: rates, decays or betas out of range, warm-up given in both units.
+        UserError: no number where one is due, rates, decays or betas out of range, warm-up given
+            in both units.
     """
 
     lr: float
@@ -39,6 +42,9 @@ class AdamWRecipe:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "betas", tuple(self.betas))  # a YAML list must do
+        for name in ("lr", "min_lr", "weight_decay", "eps", "warmup_epochs", "layer_decay"):
+            value = getattr(self, name)
+            _require(_is_number(value), f"{name} {value} must be a finite number")
         _require(self.lr > 0, f"lr {self.lr} must be positive")
         _require(
             0 <= self.min_lr <= self.lr, f"min_lr {self.min_lr} must lie between 0 and lr {self.lr}"
@@ -120,6 +126,10 @@ class AdamWRecipe:
 def _supports_fused(groups: list[dict]) -> bool:
     parameters = [parameter for group in groups for parameter in group["params"]]
     return all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in parameters)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, numbers.Real) and math.isfinite(value)
 
 
 def _require(condition: bool, message: str) -> None:

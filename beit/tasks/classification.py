@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
 from beit.data.batches import LabelledBatch
+from beit.errors import UserError
 from beit.optim.recipe import AdamWRecipe
 from beit.tasks.planning import configure_adamw
 
@@ -22,6 +23,9 @@ class Classification(L.LightningModule):
         optim: the optimizer's recipe.
         num_classes: K.
         label_smoothing: in [0, 1); mixed targets (B, K) carry theirs already.
+
+    Raises:
+        UserError: a label smoothing outside [0, 1).
     """
 
     def __init__(
@@ -34,6 +38,8 @@ class Classification(L.LightningModule):
         label_smoothing: float,
     ) -> None:
         super().__init__()
+        if not 0 <= label_smoothing < 1:
+            raise UserError(f"label_smoothing {label_smoothing} must lie in [0, 1); 0 is off")
         self.backbone = backbone
         self.head = head
         self.optim = optim

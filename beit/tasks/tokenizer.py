@@ -127,7 +127,8 @@ class DiscreteVAETraining(L.LightningModule):
         return loss
 
     def on_train_batch_end(self, outputs: Any, batch: PixelBatch, batch_idx: int) -> None:
-        stepped = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0
+        full = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0
+        stepped = full or self.trainer.is_last_batch  # a limit may cut the last window short
         total_steps = planned_steps(self.trainer)[1]
         if not (self.revival and stepped and self.revival.is_due(self.global_step, total_steps)):
             return

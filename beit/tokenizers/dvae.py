@@ -80,6 +80,11 @@ class DiscreteVAE(nn.Module):
         levels = stride.bit_length() - 1
         if stride < 2 or stride != 1 << levels:
             raise UserError(f"stride {stride}: expected a power of two from 2 on; try 4 or 8")
+        if min(codebook_dim, hidden_dim) < 1 or num_res_blocks < 0:
+            raise UserError(
+                f"codebook_dim {codebook_dim}, hidden_dim {hidden_dim}, num_res_blocks "
+                f"{num_res_blocks}: the widths must be at least 1, the blocks not negative"
+            )
         if vocab_size < 2:
             raise UserError(f"vocab_size {vocab_size}: expected at least 2 codes")
         if hidden_dim % (1 << levels):

@@ -184,3 +184,11 @@ def test_callbacks_do_not_change_the_numbers(tmp_path, fit):
     )
     assert torch.equal(bare.net.weight, watched.net.weight)
     assert torch.equal(bare.net.bias, watched.net.bias)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"num_images": 0}, {"every_n_epochs": -1}, {"every_n_steps": -1}]
+)
+def test_impossible_pictures_are_refused(wrong):
+    with pytest.raises(UserError, match=next(iter(wrong))):
+        TokenizerPictures("figures", **{"num_images": 3, **wrong})

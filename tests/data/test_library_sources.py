@@ -61,6 +61,21 @@ def test_parquet_rows_by_random_access(pack):
     assert copy.load(4)[0].getpixel((0, 0)) == (4, 8, 9)
 
 
+def test_a_small_pack_is_read_as_it_lies_and_a_large_one_mapped(pack, tmp_path):
+    small = ParquetSource(pack, "train")
+    assert not (tmp_path / "cache").exists()
+    large = ParquetSource(pack, "train", max_memory_gb=0)
+    assert list((tmp_path / "cache").rglob("*.arrow"))
+    for index in range(6):
+        assert small.load(index)[0].tobytes() == large.load(index)[0].tobytes()
+        assert small.load(index)[1] == large.load(index)[1]
+    assert (small.classes, small.labels.tolist()) == (large.classes, large.labels.tolist())
+    copy = pickle.loads(pickle.dumps(large))
+    assert copy.load(4)[0].getpixel((0, 0)) == (4, 8, 9)
+    for source in (large, ParquetSource(pack, "train", max_memory_gb=0, label_column="")):
+        assert row_bytes(5) not in pickle.dumps(source)  # a worker gets the path, not the rows
+
+
 def test_parquet_labels_may_be_words_or_absent(pack):
     words = ParquetSource(pack, "test", label_column="word")
     assert (words.classes, words.labels.tolist()) == (["w0", "w1", "w2"], [1, 2, 0])
@@ -74,6 +89,11 @@ def test_parquet_mistakes(pack, tmp_path):
         ParquetSource(pack, "val")
     with pytest.raises(UserError, match="no column 'picture'; there are image, label, word"):
         ParquetSource(pack, "test", image_column="picture")
+    with pytest.raises(UserError, match="max_memory_gb 'all': expected a number"):
+        ParquetSource(pack, "test", max_memory_gb="all")
+    (pack / "data" / "odd.parquet").write_bytes(b"no parquet")
+    with pytest.raises(UserError, match=r"odd\.parquet: not a parquet file"):
+        ParquetSource(pack, "odd")
     with pytest.raises(UserError, match="no such folder"):
         ParquetSource(tmp_path / "none", "train")
     (tmp_path / "bare").mkdir()

@@ -115,6 +115,31 @@ def test_a_grid_without_room_is_refused():
         RandomMasking((3, 5), mask_ratio=1.0)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"mask_ratio": "abc"}, "mask_ratio 'abc': expected a number"),
+        ({"mask_ratio": None}, "mask_ratio None: expected a number"),
+        ({"grid": "abc"}, "grid 'abc': expected"),
+        ({"grid": (3, 2.5)}, r"grid \(3, 2\.5\): expected"),
+        ({"grid": 14}, "grid 14: expected"),
+        ({"grid": (0, 5)}, r"grid \(0, 5\): expected"),
+    ],
+)
+def test_wrong_kinds_are_refused(change, message):
+    for masking in (BlockwiseMasking, RandomMasking):
+        with pytest.raises(UserError, match=message):
+            masking(**change)
+
+
+def test_wrong_blocks_are_refused():
+    for wrong in ("many", 2.5):
+        with pytest.raises(UserError, match=f"min_block_patches {wrong!r}: .*scaled"):
+            BlockwiseMasking(min_block_patches=wrong)
+    with pytest.raises(UserError, match="min_aspect 'flat': expected a number"):
+        BlockwiseMasking(min_aspect="flat")
+
+
 def test_repr_prints_the_numbers():
     assert "target<=75" in repr(BlockwiseMasking())
     assert "min_block_patches=16" in repr(BlockwiseMasking())

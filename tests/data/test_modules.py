@@ -1,4 +1,5 @@
 import logging
+from types import SimpleNamespace
 
 import lightning as L
 import numpy as np
@@ -120,7 +121,7 @@ def test_pretraining_batches(tmp_path):
     data = pretraining(val=Pictures(9, labelled=False))
     task = fit(data, tmp_path)
     assert len(task.train_batches) == 4
-    assert [len(batch.indices) for batch in task.val_batches] == [7, 2]
+    assert [len(batch.indices) for batch in task.val_batches] == [4, 5]
     batch = task.train_batches[0]
     assert isinstance(batch, MIMBatch)
     assert batch.images.shape == (7, 3, 24, 40)
@@ -165,7 +166,7 @@ def test_classification_batches(tmp_path):
     assert isinstance(batch, LabelledBatch)
     assert batch.targets.tolist() == [index % 3 for index in batch.indices.tolist()]
     assert batch.images.dtype == torch.float32
-    assert task.val_batches[0].targets.tolist() == [0, 1, 2, 0, 1, 2, 0]
+    assert torch.cat([b.targets for b in task.val_batches]).tolist() == [0, 1, 2, 0, 1, 2, 0, 1]
 
 
 def test_mixing_is_for_training_and_a_function_of_the_position(tmp_path):
@@ -184,7 +185,7 @@ def test_mixing_is_for_training_and_a_function_of_the_position(tmp_path):
         assert torch.equal(a.images, b.images)
         assert torch.equal(a.targets, b.targets)
     assert not torch.equal(first.train_batches[0].targets, first.train_batches[1].targets)
-    assert first.val_batches[0].targets.shape == (6,)
+    assert first.val_batches[0].targets.shape == (4,)
 
 
 def test_mixing_needs_an_even_batch():
@@ -228,8 +229,11 @@ def test_label_mistakes():
         classification(num_classes=2)
     other = Pictures(9)
     other.classes = ["ape", "bee", "dog"]
-    with pytest.raises(UserError, match=r"differing in cow, dog"):
+    with pytest.raises(UserError, match=r"differing in cow, dog.*data.classes=\[ape,bee,cow\]"):
         classification(val=other)
+    for wrong in ("ten", 0, 2.5, None, True):
+        with pytest.raises(UserError, match=f"^num_classes {wrong!r}: expected .*auto$"):
+            classification(num_classes=wrong)
     with pytest.raises(UserError, match="no validation data"):
         classification().check(world_size=1, accumulate=1, stage="validate")
 
@@ -238,7 +242,7 @@ def test_unreadable_images_are_named_once_and_limited(tmp_path, caplog):
     data = pretraining(Pictures(30, labelled=False, broken={3, 4}))
     with caplog.at_level(logging.WARNING):
         task = fit(data, tmp_path)
-    assert sorted(data.loaders.unreadable.values()) == ["picture 3", "picture 4"]
+    assert sorted(data.loaders.unreadable.names.values()) == ["picture 3", "picture 4"]
     assert sum("picture 3: truncated" in message for message in caplog.messages) == 1
     assert all(len(batch.indices) == 7 for batch in task.train_batches)
     seen = torch.cat([batch.indices for batch in task.train_batches]).tolist()
@@ -257,26 +261,142 @@ def test_check_finds_unreadable_images_before_training(caplog):
     with caplog.at_level(logging.WARNING):
         data.check(world_size=1, accumulate=1)
     assert "picture 0: truncated" in caplog.text
-    assert data.loaders.unreadable == {0: "picture 0"}
+    assert data.loaders.unreadable.names == {("training", 0): "picture 0"}
 
 
-def test_an_unreadable_validation_image_is_refused_in_one_line(tmp_path):
+def validate(data, tmp_path):
+    trainer = L.Trainer(
+        accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
+        default_root_dir=tmp_path, use_distributed_sampler=False,
+    )  # fmt: skip
+    trainer.validate(Recorder(), datamodule=data, verbose=False)
+
+
+def test_evaluation_refuses_an_unreadable_image_in_one_line(tmp_path):
     source = Pictures(9, labelled=False, broken={1})
     data = pretraining(val=source, loader=settings(num_workers=1))
     with pytest.raises(UserError, match=r"^unreadable validation image picture 1: trunc.*$"):
-        fit(data, tmp_path)
-    with pytest.raises(UserError, match="validation images tried are unreadable"):
-        pretraining(val=Pictures(5, labelled=False, broken={1})).check(world_size=1, accumulate=1)
+        validate(data, tmp_path)
+    few = pretraining(val=Pictures(5, labelled=False, broken={1}))
+    with pytest.raises(UserError, match="1 of 5 validation images tried are unreadable"):
+        few.check(world_size=1, accumulate=1, stage="validate")
+
+
+def test_validation_while_fitting_leaves_unreadable_images_out(tmp_path, caplog):
+    data = classification(val=Pictures(9, broken={1, 6}))
+    with caplog.at_level(logging.INFO):
+        data.check(world_size=1, accumulate=1)
+        task = fit(data, tmp_path, check_val_every_n_epoch=1)
+    seen = torch.cat([batch.indices for batch in task.val_batches]).tolist()
+    assert seen == [0, 2, 3, 4, 5, 7, 8]
+    targets = torch.cat([batch.targets for batch in task.val_batches]).tolist()
+    assert targets == [index % 3 for index in seen]
+    for name in ("picture 1: truncated", "picture 6: truncated"):
+        assert sum(name in message for message in caplog.messages) == 1
+    assert caplog.messages[-1].startswith("2 unreadable images in this run: 0 training")
+
+    # training and validation together are above the limit of two
+    broken = Pictures(30, broken={3, 4})
+    with pytest.raises(UserError, match=r"^3 unreadable images, more than max_.*=2.*picture \d"):
+        fit(classification(broken, val=Pictures(9, broken={1})), tmp_path)
+
+
+def test_a_validation_batch_without_a_readable_image_keeps_one_stand_in(tmp_path):
+    loader = settings(global_batch_size=2, batch_size_per_device=2)
+    data = classification(val=Pictures(8, broken={2, 3}), loader=loader)
+    task = fit(data, tmp_path)
+    assert [len(batch.indices) for batch in task.val_batches] == [2, 1, 2, 2]
+    stand_in = task.val_batches[1]
+    assert stand_in.indices.item() not in (2, 3)
+    assert stand_in.targets.item() == stand_in.indices.item() % 3
+
+
+def test_no_line_about_unreadable_images_where_there_are_none(tmp_path, caplog):
+    with caplog.at_level(logging.INFO):
+        fit(pretraining(), tmp_path)
+    assert "unreadable" not in caplog.text
+
+
+def test_every_rank_has_a_validation_batch():
+    loader = settings(global_batch_size=400, batch_size_per_device=400)
+    data = classification(Pictures(800), Pictures(360), loader=loader)
+    data.check(world_size=2, accumulate=1)
+    for rank in range(2):
+        trainer = SimpleNamespace(
+            global_rank=rank, world_size=2,
+            strategy=SimpleNamespace(root_device=torch.device("cpu")),
+        )  # fmt: skip
+        (indices,) = (sample for sample in data.loaders.val(trainer).batch_sampler)
+        assert indices == [(0, index) for index in range(rank * 180, rank * 180 + 180)]
+    few = classification(
+        val=Pictures(3), loader=settings(global_batch_size=1, batch_size_per_device=1)
+    )
+    for stage in ("fit", "validate"):
+        with pytest.raises(UserError, match="3 validation images are fewer than 4 devices"):
+            few.check(world_size=4, accumulate=1, stage=stage)
 
 
 def test_transforms_and_sizes_are_logged(tmp_path, caplog):
-    with caplog.at_level(logging.INFO, logger="beit.data.modules"):
+    with caplog.at_level(logging.INFO, logger="beit.data"):
         fit(pretraining(), tmp_path)
-    for word in ("TwoViewTransform(", "BlockwiseMasking(", "vocab_size=13"):
+    words = ("TwoViewTransform(", "BlockwiseMasking(", "vocab_size=13", "value_range=-1..1",
+             "mean (0.5, 0.4, 0.3), std (0.2, 0.3, 0.4)")  # fmt: skip
+    for word in words:
         assert word in caplog.text
 
 
-@pytest.mark.parametrize("name", ["global_batch_size", "batch_size_per_device"])
-def test_settings_are_checked(name):
-    with pytest.raises(UserError, match=f"{name} 0"):
-        settings(**{name: 0})
+@pytest.mark.parametrize(("image_size", "warned"), [(7, True), ((12, 20), False)])
+def test_a_tokenizer_of_another_size_is_warned_of(tmp_path, caplog, image_size, warned):
+    tokenizer = ThresholdTokenizer()
+    tokenizer.image_size = image_size
+    with caplog.at_level(logging.INFO):
+        fit(pretraining(tokenizer=tokenizer), tmp_path)
+    lines = [r.message for r in caplog.records if r.levelname == "WARNING"]
+    assert any("trained at 7x7 px and gets 12x20 px" in line for line in lines) == warned
+
+
+def numbered(size, count):
+    """Labels below `count`, which is all that is known of the classes."""
+    pictures = Pictures(size)
+    pictures.classes = [str(number) for number in range(count)]
+    pictures.labels = np.arange(size) % count
+    return pictures
+
+
+def test_numbered_classes_may_be_missing_in_validation():
+    data = classification(numbered(30, 3), numbered(9, 2), num_classes="auto")
+    assert (data.num_classes, data.classes) == (3, ["0", "1", "2"])
+    with pytest.raises(UserError, match=r"validation label 3 .* outside 0 to 2"):
+        classification(numbered(30, 3), numbered(9, 4), num_classes="auto")
+    data = classification(numbered(30, 3), numbered(9, 4), num_classes=4)
+    assert data.classes == ["0", "1", "2", "3"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("global_batch_size", 0), ("batch_size_per_device", 0), ("timeout_seconds", -1.0),
+        ("timeout_seconds", "long"), ("batch_size_per_device", "7"), ("num_workers", 1.5),
+        ("seed", None), ("check_images", True),
+    ],
+)  # fmt: skip
+def test_settings_are_checked(name, value):
+    with pytest.raises(UserError, match=f"^{name} {value!r}: expected a"):
+        settings(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"mean": (0.5, 0.4)}, r"mean .0\.5, 0\.4.: expected three numbers"),
+        ({"mean": "abc"}, "mean 'abc': expected three numbers"),
+        ({"mean": 0.5}, "mean 0.5: expected three numbers"),
+        ({"std": (0.2, 0.0, 0.3)}, r"std .0\.2, 0\.0, 0\.3.: expected three numbers above 0"),
+    ],
+)
+def test_normalisations_are_checked(change, message):
+    with pytest.raises(UserError, match=message):
+        pretraining(**change)
+    for transform in (TrainTransform, EvalTransform):
+        with pytest.raises(UserError, match=message):
+            transform(**({"image_size": 24, "mean": MEAN, "std": STD} | change))

@@ -112,6 +112,29 @@ def test_evaluation_sees_each_index_once_in_order(world_size):
         assert seen == list(range(17))
 
 
+@pytest.mark.parametrize(
+    ("size", "batch_size", "world_size"),
+    [(360, 400, 2), (5, 2, 4), (5, 1, 4), (4, 7, 4), (17, 4, 3), (100, 8, 8), (33, 4, 8)],
+)
+def test_evaluation_gives_every_rank_as_many_batches(size, batch_size, world_size):
+    # without a batch Lightning fails, with fewer than the others DDP's exchange of buffers hangs
+    options = {"shuffle": False, "drop_last": False, "accumulate": 1, "world_size": world_size}
+    ranks = [
+        list(sampler(size, batch_size=batch_size, rank=rank, **options))
+        for rank in range(world_size)
+    ]
+    assert len({len(batches) for batches in ranks}) == 1
+    assert sorted(index for batches in ranks for index in indices(batches)) == list(range(size))
+    sizes = {len(batch) for batches in ranks for batch in batches}
+    assert 1 <= min(sizes) <= max(sizes) <= max(2, batch_size)
+    assert max(sizes) - min(sizes) <= 1
+
+
+def test_fewer_validation_images_than_ranks_are_refused():
+    with pytest.raises(UserError, match=r"^3 validation images.*4 devices"):
+        sampler(3, shuffle=False, drop_last=False, accumulate=1, world_size=4)
+
+
 def test_fewer_samples_than_a_global_batch_are_refused_with_the_numbers():
     with pytest.raises(UserError, match=r"11 training images.*24 \(4 per device x 2.*x 3"):
         sampler(size=11, world_size=2)

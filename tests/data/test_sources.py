@@ -70,6 +70,18 @@ def test_flat_folder_needs_no_classes_and_goes_deep(folder):
     assert [only.name(i) for i in range(len(only))] == [str(folder / "top.png")]
 
 
+def test_links_that_lead_back_are_not_followed(folder):
+    save(folder.parent / "elsewhere" / "0.png")
+    (folder / "cow" / "linked").symlink_to(folder.parent / "elsewhere")  # an honest one
+    (folder / "cow" / "self").symlink_to(folder / "cow")
+    (folder / "cow" / "up").symlink_to(folder.parent)
+    (folder / "cow" / "across").symlink_to(folder / "ape" / "deep")
+    (folder / "ape" / "deep" / "back").symlink_to(folder / "cow")
+    names = [name.relative_to(folder / "cow").as_posix() for name in find_images(folder / "cow")]
+    assert names == ["0.png", "1.png", "2.png", "across/9.JPG", "linked/0.png"]
+    assert len(FlatFolder(folder)) == 10 + 2 + 4  # two through cow/*, four through ape/deep/back
+
+
 @pytest.mark.parametrize("make", [ClassFolder, FlatFolder])
 def test_sources_are_small_and_picklable(folder, make):
     source = make(folder)
@@ -128,6 +140,11 @@ def test_list_file_with_names_numbers_or_no_labels(tmp_path, suffix):
     assert ordered.labels.tolist() == [0, 1, 0]
     numbered = ListFile(list_file(path, list(zip(files, [2, 0, 2], strict=True))))
     assert (numbered.classes, numbered.labels.tolist()) == (["0", "1", "2"], [2, 0, 2])
+    signed = ListFile(list_file(path, list(zip(files, ["+2", " 0", "10"], strict=True))))
+    assert (len(signed.classes), signed.labels.tolist()) == (11, [2, 0, 10])
+    list_file(path, list(zip(files, ["-1", "1", "1"], strict=True)))
+    minus = ListFile(path, classes=["-1", "1"])  # asked for by name
+    assert minus.labels.tolist() == [0, 1, 1]
     unlabelled = ListFile(list_file(path, [(file,) for file in files], ("path",)))
     assert unlabelled.labels is None
     assert unlabelled.load(1)[1] is None
@@ -143,6 +160,8 @@ def test_list_file_with_names_numbers_or_no_labels(tmp_path, suffix):
         ([("a.png", "x"), ("a.png", "")], [], "line 3: no label"),
         ([("a.png", "x"), ("a.png", "z")], ["x", "y"], "line 3: label 'z' is not one of the 2"),
         ([("a.png", "0"), ("a.png", "2")], ["x", "y"], "line 3: label '2'.*0 to 1"),
+        ([("a.png", "1"), ("a.png", "-1")], [], "line 3: label '-1'.*begin at 0"),
+        ([("a.png", "x"), ("a.png", "-1")], [], "line 3: label '-1'.*begin at 0"),
         ([], [], "names no images"),
     ],
 )
@@ -195,5 +214,9 @@ def test_subset_mistakes(folder):
         Subset(source, count=11, seed=0)
     with pytest.raises(UserError, match="give one of the two"):
         Subset(source, per_class=1, count=1, seed=0)
+    with pytest.raises(
+        UserError, match=r"labels_per_class 5: FlatFolder.* no labels.*class folders"
+    ):
+        few_labels(FlatFolder(folder), per_class=5, seed=0)
     with pytest.raises(UserError, match=r"labels_per_class 0.*all"):
         few_labels(source, per_class=0, seed=0)

@@ -158,6 +158,21 @@ def test_eval_transform_equals_torchvision(width, height, crop_pct):
     torch.testing.assert_close(result, expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize(
+    ("image_size", "crop_pct"),
+    [(32, 1.0), ((24, 32), 1.0), (40, 0.875), (224, 0.875), (376, 0.875), (384, 1.0), (512, 1.0)],
+)
+def test_automatic_crop_share_is_the_released_rule(image_size, crop_pct):
+    options = {"image_size": image_size, "mean": MEAN, "std": STD}
+    image = smooth(61, 43)
+    automatic = EvalTransform(**options, crop_pct="auto")
+    assert automatic.crop_pct == crop_pct
+    assert torch.equal(automatic(image), EvalTransform(**options, crop_pct=crop_pct)(image))
+    for wrong in (0.0, 1.1, "whole", None):
+        with pytest.raises(UserError, match=f"crop_pct {wrong!r}: .*auto"):
+            EvalTransform(**options, crop_pct=wrong)
+
+
 def test_eval_transform_leaves_small_images_of_the_right_size_alone():
     transform = EvalTransform(image_size=(24, 32), mean=MEAN, std=STD, crop_pct=1.0)
     image = noise(32, 24)
@@ -204,8 +219,32 @@ def test_train_transform_prints_its_recipe():
     text = repr(TrainTransform(image_size=224, mean=MEAN, std=STD))
     for word in ("RandAugment", "RandomResizedCrop", "0.08", "RandomErasing", "0.25"):
         assert word in text
+    assert "RandAugment(rand-m9-mstd0.5-inc1)" in text
     assert "ColorJitter" not in text  # RandAugment takes its place
     assert "\n" not in text
+    for policy in ("rand-m9-mstd0.5-inc1", "original-mstd0.5", "augmix-m5-w4-d2", None):
+        text = repr(TrainTransform(image_size=224, mean=MEAN, std=STD, auto_augment=policy))
+        assert len(text) < 500
+        assert policy is None or policy in text
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"auto_augment": "rond-m9"}, "auto_augment 'rond-m9': expected rand-m9-mstd0.5-inc1"),
+        ({"auto_augment": "rand-magnitude9"}, "auto_augment 'rand-magnitude9'"),
+        ({"auto_augment": "rand-m9-tother"}, "auto_augment 'rand-m9-tother'"),
+        ({"auto_augment": "v1"}, "auto_augment 'v1'"),
+        ({"auto_augment": 9}, "auto_augment 9"),
+        ({"auto_augment": None, "color_jitter": -0.1}, "color_jitter -0.1"),
+        ({"auto_augment": None, "color_jitter": "much"}, "color_jitter 'much': expected a number"),
+        ({"small_crop_padding": -1}, "small_crop_padding -1"),
+        ({"interpolation": ["bicubic"]}, "interpolation"),
+    ],
+)
+def test_wrong_training_augmentation_is_refused(change, message):
+    with pytest.raises(UserError, match=message):
+        TrainTransform(**({"image_size": 24, "mean": MEAN, "std": STD} | change))
 
 
 def test_repr_prints_the_numbers():
@@ -223,6 +262,10 @@ def test_repr_prints_the_numbers():
         ({"color_jitter": -0.1}, "color_jitter -0.1"),
         ({"image_interpolation": "cubic"}, "interpolation 'cubic'.*bicubic"),
         ({"image_size": 0}, "image_size 0: "),
+        ({"flip": "half"}, "flip 'half': expected a number"),
+        ({"min_scale": "small"}, "min_scale 'small': expected a number"),
+        ({"max_ratio": None}, "max_ratio None: expected a number"),
+        ({"token_interpolation": 3}, "interpolation 3"),
     ],
 )
 def test_wrong_numbers_are_refused(change, message):

@@ -132,6 +132,9 @@ def test_a_network_without_backbone_is_served():
     ("changes", "words"),
     [
         ({"lr": -1e-3}, "lr -0.001 must be positive"),
+        ({"lr": "abc"}, "lr abc must be a finite number"),
+        ({"lr": None}, "lr None must be a finite number"),
+        ({"weight_decay": float("nan")}, "weight_decay nan must be a finite number"),
         ({"min_lr": 0.1}, "min_lr 0.1"),
         ({"weight_decay": -0.1}, "weight_decay -0.1"),
         ({"betas": (0.9, 1.0)}, "betas"),

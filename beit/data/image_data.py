@@ -1,0 +1,87 @@
+"""What the data modules have in common."""
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import lightning as L
+from torch.utils.data import DataLoader
+
+from beit.data.dataset import KeyedDataset, MakeSample
+from beit.data.loading import Loaders, LoaderSettings
+from beit.data.sources import ImageSource
+from beit.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+class ImageData(L.LightningDataModule):
+    """What the data modules have in common: sources, the loaders that read them, their checks.
+
+    Args:
+        batch_type: what the loaders yield.
+        train, val: the source, and what makes a sample of its images.
+        described: lines for the log of a run.
+        warned_of: warnings for it.
+    """
+
+    def __init__(
+        self,
+        settings: LoaderSettings,
+        batch_type: type[Any],
+        *,
+        train: tuple[ImageSource, MakeSample],
+        val: tuple[ImageSource | None, MakeSample],
+        described: Sequence[str],
+        warned_of: Sequence[str] = (),
+    ) -> None:
+        super().__init__()
+        source, make_sample = val
+        val_data = None if source is None else KeyedDataset(source, make_sample, seed=settings.seed)
+        train_data = KeyedDataset(*train, seed=settings.seed)
+        self.loaders = Loaders(settings, batch_type, train=train_data, val=val_data)
+        self.classes: list[str] | None = None
+        self._described, self._warned_of = described, warned_of
+
+    @property
+    def running_trainer(self) -> L.Trainer:
+        assert self.trainer is not None, "Lightning attaches the trainer before it asks for loaders"
+        return self.trainer
+
+    def steps_per_epoch(self, *, world_size: int, accumulate: int) -> int:
+        """Optimizer steps in an epoch."""
+        return self.loaders.steps_per_epoch(world_size=world_size, accumulate=accumulate)
+
+    def check(self, *, world_size: int, accumulate: int, stage: str = "fit") -> None:
+        """Raises UserError for too few or unreadable images. `stage` is fit or validate."""
+        if stage == "fit":
+            self.steps_per_epoch(world_size=world_size, accumulate=accumulate)
+        elif self.loaders.val_data is None:
+            raise UserError("there is no validation data to evaluate on; set data.val")
+        self.loaders.check_validation(world_size=world_size)
+        self.loaders.check_sources(stage=stage)
+
+    def setup(self, stage: str) -> None:
+        if not self.running_trainer.is_global_zero:
+            return
+        val = self.loaders.val_data
+        log.info("training %r", self.loaders.train_data.source)
+        log.info("validation %r", val.source if val is not None else None)
+        for line in self._described:
+            log.info("%s", line)
+        for line in self._warned_of:
+            log.warning("%s", line)
+
+    def train_dataloader(self) -> DataLoader:
+        return self.loaders.train(self.running_trainer)
+
+    def val_dataloader(self) -> DataLoader | list[Any]:
+        return self.loaders.val(self.running_trainer)
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        # here the batch is still on the CPU: counting costs no synchronisation
+        return self.loaders.without_failures(batch, self.running_trainer)
+
+    def teardown(self, stage: str) -> None:
+        if stage == "fit":
+            self.loaders.unreadable.log_total(self.running_trainer)
