@@ -40,7 +40,9 @@ def from_checkpoint(path: str | Path, overrides: list[str]) -> DictConfig:
     for word in overrides:
         key, _, text = word.partition("=")
         try:
-            value = OmegaConf.create(f"value: {text}").get("value")  # reads 1e-3 as a number
+            value = OmegaConf.select(
+                OmegaConf.create(f"value: {text}"), "value"
+            )  # 1e-3 is a number
             old = OmegaConf.select(cfg, key, throw_on_missing=False)
             if isinstance(old, DictConfig) and isinstance(value, str):
                 _choose(cfg, key, value)

@@ -64,7 +64,11 @@ class VisionTransformer(nn.Module):
         self.drop_rate = drop_rate
         _check_sizes(width, depth, num_heads)
         _check_rates(drop_rate, attention_drop_rate, drop_path_rate)
-        for name, value in {"mlp_ratio": mlp_ratio, "init_std": init_std, "init_cut": init_cut}.items():
+        for name, value in {
+            "mlp_ratio": mlp_ratio,
+            "init_std": init_std,
+            "init_cut": init_cut,
+        }.items():
             if value <= 0:
                 raise UserError(f"{name} {value} must be positive")
         _check_relative_position(relative_position)
