@@ -105,7 +105,7 @@ SCRATCH, TOKENIZER = "experiment=demo/scratch", "experiment=demo/tokenizer"
         (SCRATCH, "trainer.devices=0", "trainer.devices=0: expected how many"),
         (SCRATCH, "seed=-1", "seed=-1: expected a whole number from 0"),
         (SCRATCH, "task.label_smoothing=2", "task: label_smoothing 2 must lie in [0, 1)"),
-        (SCRATCH, "model.mlp_ratio=-1", "mlp_ratio=-1"),
+        (SCRATCH, "model.mlp_ratio=-1", "mlp_ratio -1"),
         (SCRATCH, "model.in_channels=1", "model.in_channels=1: images are read as RGB"),
         (SCRATCH, "model.width=abc", "model.width=abc: expected a whole number"),
         (SCRATCH, "model.patch_size=abc", "model.patch_size=abc: expected a whole number"),
