@@ -93,7 +93,7 @@ def resume_from(folder: Path, resume: str | None) -> str | None:
 def newest_checkpoint(folder: Path) -> Path | None:
     """`last.ckpt`, or the newest of the numbered ones where that is gone; None without any.
 
-    Raises UserError where there are only checkpoints that a run cannot go on from.
+    Raises UserError where only an earlier state, the best one, is left.
     """
     last = folder / LAST_CHECKPOINT
     if last.is_file():
@@ -104,8 +104,8 @@ def newest_checkpoint(folder: Path) -> Path | None:
     others = sorted(last.parent.glob("*.ckpt"))
     if any(path.is_file() for path in others):
         raise UserError(
-            f"resume=auto: {last} is gone and {others[0].name} is not one to go on from (weights "
-            "only): start a new run with init_from, under another name"
+            f"resume=auto: {last} is gone, and {others[0].name} is an earlier state: go on from it "
+            f"by name (resume={others[0]}), or start a new run with init_from"
         )
     return None
 

@@ -50,6 +50,11 @@ def test_a_checkpoint_is_tensors_and_plain_data(runs: Path, stage: str) -> None:
     assert content["global_step"] == 6
 
 
+def test_the_best_checkpoint_can_be_used_alone(runs: Path, tmp_path: Path) -> None:
+    best = runs / "finetune" / "checkpoints" / "best.ckpt"
+    assert len(beit.predict(best, _photos(tmp_path / "photos"))) == 3
+
+
 def test_the_frozen_tokenizer_is_in_no_checkpoint(runs: Path) -> None:
     children = {key.split(".")[0] for key in read_checkpoint(last(runs / "pretrain")).state_dict}
     assert children == {"backbone", "head"}
@@ -189,7 +194,7 @@ def test_resume_auto_takes_the_newest_where_the_last_is_gone(tmp_path: Path) -> 
     folder.mkdir()
     assert newest_checkpoint(tmp_path) is None
     (folder / "best.ckpt").touch()
-    with pytest.raises(UserError, match="weights"):
+    with pytest.raises(UserError, match="earlier state"):
         newest_checkpoint(tmp_path)
     for number, name in enumerate(["epoch0002.ckpt", "epoch0010.ckpt"]):
         (folder / name).touch()
