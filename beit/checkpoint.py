@@ -4,7 +4,6 @@ A checkpoint is Lightning's file with one more entry, `beit`: the resolved confi
 the version, and the class names. It loads with `weights_only=True`, so reading one runs no code.
 """
 
-import logging
 import pickle
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +16,6 @@ from beit import __version__
 from beit.errors import UserError
 from beit.models.transfer import TransferReport, adapt_backbone
 
-log = logging.getLogger(__name__)
-
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -29,7 +26,6 @@ class Checkpoint:
     config: dict[str, Any]  # the run's config, every interpolation resolved
     composed: dict[str, Any]  # the same with its interpolations, so that a change reaches all
     classes: list[str] | None  # class names, where the run had labels
-    step: int
 
     def part(self, prefix: str) -> dict[str, Tensor]:
         """The tensors of one child, `backbone` say, under the child's own names."""
@@ -80,7 +76,6 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         config=entry["config"],
         composed=entry.get("composed", entry["config"]),
         classes=entry["classes"],
-        step=int(content.get("global_step", 0)),
     )
 
 

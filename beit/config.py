@@ -6,7 +6,6 @@ plain arguments. Hydra refuses an unknown key in a node that a schema describes;
 """
 
 import functools
-import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -20,8 +19,6 @@ from beit.building import check_arguments, check_values, located
 from beit.building import instantiate as instantiate
 from beit.errors import UserError
 from beit.sizes import patch_grid
-
-log = logging.getLogger(__name__)
 
 PACKAGE_DIR = Path(__file__).resolve().parent
 
@@ -117,7 +114,6 @@ def register() -> None:
             side * stride for side in patch_grid(image, patch)
         ],
         "checkpoint_value": _checkpoint_value,
-        "multiply": lambda a, b: a * b,
     }
     for name, function in resolvers.items():
         OmegaConf.register_new_resolver(name, function, replace=True)
