@@ -1,7 +1,6 @@
 """The folder of one run: claimed once, never written over, and able to say where it came from."""
 
 import json
-import logging
 import os
 import platform
 import subprocess
@@ -13,11 +12,9 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_only
 
 from beit.errors import UserError
-
-log = logging.getLogger(__name__)
+from beit.security.secrets import shown_words
 
 CONFIG_FILE = "config.yaml"
-LAST_CHECKPOINT = Path("checkpoints") / "last.ckpt"
 _PACKAGES = (
     "beit",
     "torch",
@@ -70,46 +67,6 @@ def make(folder: Path) -> None:
         ) from error
 
 
-def resume_from(folder: Path, resume: str | None) -> str | None:
-    """The checkpoint to go on from, None for a fresh start.
-
-    `auto` takes the newest of this folder and says so where there is none yet, so that one command
-    line serves the first start and every restart.
-    """
-    if resume is None:
-        return None
-    path = newest_checkpoint(folder) if resume == "auto" else Path(resume).expanduser()
-    if path is not None and path.is_file():
-        log.info("resuming from %s", path)
-        return str(path)
-    if path is None:
-        log.warning("resume=auto: no checkpoint in %s yet, this run starts at step 0", folder)
-        return None
-    raise UserError(
-        f"resume={resume}: no such checkpoint; resume=auto takes the last one of {folder}"
-    )
-
-
-def newest_checkpoint(folder: Path) -> Path | None:
-    """`last.ckpt`, or the newest of the numbered ones where that is gone; None without any.
-
-    Raises UserError where only an earlier state, the best one, is left.
-    """
-    last = folder / LAST_CHECKPOINT
-    if last.is_file():
-        return last
-    numbered = sorted(last.parent.glob("epoch*.ckpt"), key=lambda path: path.stat().st_mtime)
-    if numbered:
-        return numbered[-1]
-    others = sorted(last.parent.glob("*.ckpt"))
-    if any(path.is_file() for path in others):
-        raise UserError(
-            f"resume=auto: {last} is gone, and {others[0].name} is an earlier state: go on from it "
-            f"by name (resume={others[0]}), or start a new run with init_from"
-        )
-    return None
-
-
 def describe_environment() -> dict[str, Any]:
     """Command, versions, machine and commit, as far as they can be known."""
     packages = {}
@@ -119,7 +76,7 @@ def describe_environment() -> dict[str, Any]:
         except PackageNotFoundError:
             packages[name] = "not installed"
     return {
-        "command": " ".join(sys.argv),
+        "command": " ".join(shown_words(sys.argv)),
         "python": platform.python_version(),
         "packages": packages,
         "machine": {
