@@ -1,0 +1,169 @@
+"""Small weights of every kind, each layout's own loader, and the matrix in docs/conversion.md."""
+
+import os
+import runpy
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from beit.interop import convert
+from beit.interop.weights import Architecture, Preprocessing, Weights, networks
+
+WIDTH, HEADS, DEPTH, PATCH, VOCAB, CLASSES, BATCH = 22, 2, 3, 8, 13, 5, 3
+POSITIONS = {
+    "shared": {"absolute_position": False, "relative_position": "shared"},
+    "per_block": {"absolute_position": False, "relative_position": "per_block"},
+    "absolute": {"absolute_position": True, "relative_position": "none"},
+    "both": {"absolute_position": True, "relative_position": "per_block"},
+}
+KINDS = {
+    "mim": ("mim", "none"),
+    "classification, mean": ("classification", "mean"),
+    "classification, CLS": ("classification", "cls"),
+    "backbone, mean": ("backbone", "mean"),
+    "backbone, CLS": ("backbone", "cls"),
+}
+OUTPUTS = {"ours": "w.safetensors", "unilm": "w.pth", "timm": "timm", "huggingface": "hf"}
+NAMES = ["cat", "dog", "größte Eule", "a/b", "cat"]  # ImageNet has a name twice, too
+
+
+def make(kind="classification, mean", positions="per_block", layer_scale=0.1, size=24, **changes):
+    """Random weights, the zero-initialised ones too."""
+    what, pooling = KINDS[kind]
+    arch = Architecture(
+        **{
+            "image_size": (size, size) if isinstance(size, int) else size,
+            "patch_size": PATCH,
+            "width": WIDTH,
+            "depth": DEPTH,
+            "num_heads": HEADS,
+            "mlp_hidden": 4 * WIDTH,
+            "layer_scale": layer_scale,
+            "mask_token": what == "mim",
+            "final_norm": pooling != "mean",
+            "drop_path_rate": 0.1,
+            **POSITIONS[positions],
+            **changes,
+        }
+    )
+    plain = Preprocessing((0.4, 0.5, 0.6), (0.2, 0.3, 0.25), "bilinear", 0.75, "squash")
+    head = {"mim": ("lm_head", VOCAB), "classification": ("head", CLASSES)}.get(what)
+    sized = {f"{head[0]}.weight": torch.empty(head[1], WIDTH)} if head else {}
+    weights = Weights(what, arch, {}, sized, pooling, plain)
+    torch.manual_seed(5)
+    backbone, top = networks(weights)
+    for module in (backbone, top):
+        for parameter in module.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+    classes = NAMES if what == "classification" else None
+    return weights.changed(
+        backbone=dict(backbone.state_dict()), head=dict(top.state_dict()), classes=classes
+    )
+
+
+def inputs(weights):
+    """Images and a mask."""
+    generator = torch.Generator().manual_seed(7)
+    images = torch.randn(BATCH, 3, *weights.architecture.image_size, generator=generator)
+    mask = torch.rand(BATCH, *weights.architecture.grid, generator=generator) < 0.4
+    return images, mask
+
+
+@torch.no_grad()
+def reference(weights):
+    """Logits (M,V) or (B,K), or pooled features (B,D), of our own modules."""
+    backbone, head = (module.eval() for module in networks(weights))
+    backbone.load_state_dict(weights.backbone, strict=True)
+    head.load_state_dict(weights.head, strict=True)
+    images, mask = inputs(weights)
+    if weights.kind == "mim":
+        return head(backbone(images, mask), mask)
+    if weights.kind == "classification":
+        return head(backbone(images))
+    tokens = backbone(images)
+    if weights.pooling == "cls":
+        return tokens[:, 0]
+    return head["fc_norm"](tokens[:, 1:].mean(dim=1))
+
+
+def save(weights, layout, folder):
+    """Written in a layout; the path."""
+    path = Path(folder) / OUTPUTS[layout]
+    convert.write(weights, layout, path)
+    return path
+
+
+def assert_same(found, expected):
+    """Bit for bit, and all that is beside the tensors."""
+    assert found.kind == expected.kind
+    assert found.pooling == expected.pooling
+    assert found.classes == expected.classes
+    for name in ("backbone", "head"):
+        got, wanted = getattr(found, name), getattr(expected, name)
+        assert set(got) == set(wanted)
+        for key in wanted:
+            assert got[key].dtype == wanted[key].dtype, key
+            assert torch.equal(got[key], wanted[key]), key
+
+
+class Matrix:
+    """The largest difference of a cell, or the reason of a refusal."""
+
+    def __init__(self):
+        self.cells = {}
+
+    def add(self, kind, source, to, value):
+        key = kind, source, to
+        old = self.cells.get(key)
+        self.cells[key] = max(old, value) if isinstance(old, float) else value
+
+    def text(self):
+        layouts = list(OUTPUTS)
+        lines = []
+        for kind in KINDS:
+            lines += [f"\n**{kind}**\n", "| from \\ to | " + " | ".join(layouts) + " |"]
+            lines.append("|---" * (len(layouts) + 1) + "|")
+            for source in layouts:
+                row = [self._cell(kind, source, to) for to in layouts]
+                lines.append(f"| {source} | " + " | ".join(row) + " |")
+        return "\n".join(lines) + "\n"
+
+    def _cell(self, kind, source, to):
+        value = self.cells.get((kind, source, to), "-")
+        return f"{value:.0e}" if isinstance(value, float) and value else str(value or "0")
+
+
+MATRIX = Matrix()
+DOCUMENT = Path(__file__).parents[2] / "docs" / "conversion.md"
+COMMAND = "BEIT_WRITE_DOCS=1 pytest tests/interop"
+
+
+@pytest.fixture(scope="session")
+def matrix():
+    """Collects; with BEIT_WRITE_DOCS=1 and all cells filled it is written into the docs."""
+    yield MATRIX
+    if os.environ.get("BEIT_WRITE_DOCS") and len(MATRIX.cells) == 16 * len(KINDS):
+        sections = runpy.run_path(str(DOCUMENT.parents[1] / "scripts" / "sections.py"))
+        sections["write_section"](DOCUMENT, "conversion", COMMAND, MATRIX.text())
+
+
+def difference(a: Tensor, b: Tensor) -> float:
+    assert a.shape == b.shape
+    return (a - b).abs().max().item()
+
+
+@pytest.fixture(scope="session")
+def kit():
+    """The functions above, for test files to use."""
+    from types import SimpleNamespace
+
+    return SimpleNamespace(
+        make=make,
+        inputs=inputs,
+        reference=reference,
+        save=save,
+        assert_same=assert_same,
+        difference=difference,
+    )
