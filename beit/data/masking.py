@@ -22,6 +22,8 @@ def scaled_min_block_patches(grid: tuple[int, int]) -> int:
 class BlockwiseMasking:
     """Hides rectangles until `target` patches are covered: at most `target`, often a few less.
 
+    `exact` then hides single patches, drawn from those left, until there are `target` (BEiT v2).
+
     The rules of the released code: a block has U(min_block_patches, patches still wanted) patches,
     a log-uniform aspect ratio in [min_aspect, 1/min_aspect], is strictly smaller than the grid on
     both sides, and is taken if it covers at least one new patch and no more than are wanted. Ten
@@ -42,9 +44,11 @@ class BlockwiseMasking:
         mask_ratio: float = PAPER_MASK_RATIO,
         min_block_patches: int | str = "scaled",
         min_aspect: float = 0.3,
+        exact: bool = False,
     ) -> None:
         self.grid = _checked_grid(grid)
         self.target = _target(self.grid, mask_ratio)
+        self.exact = exact
         scaled = scaled_min_block_patches(self.grid)
         if min_block_patches == "scaled":
             min_block_patches = scaled
@@ -70,7 +74,7 @@ class BlockwiseMasking:
         self._check_room(mask_ratio)
 
     def __call__(self, rng: random.Random) -> np.ndarray:
-        """A mask (h, w) bool with 1 to `target` True patches."""
+        """A mask (h, w) bool with 1 to `target` True patches, with exactly `target` if `exact`."""
         covered, count = 0, 0  # the mask is one integer, a bit for each patch: 10 times faster
         while count < self.target:
             wanted = self.target - count
@@ -79,7 +83,16 @@ class BlockwiseMasking:
                 break
             covered |= new
             count += new.bit_count()
-        return _unpack(covered, self.grid)
+        mask = _unpack(covered, self.grid)
+        return self._filled(mask, rng) if self.exact else mask
+
+    def _filled(self, mask: np.ndarray, rng: random.Random) -> np.ndarray:
+        # a block is only taken where it fits into what is wanted: there is never one to take back
+        left = np.flatnonzero(~mask).tolist()
+        chosen = rng.sample(left, self.target - int(mask.sum()))
+        mask = mask.copy()
+        mask.flat[chosen] = True
+        return mask
 
     def _next_block(self, rng: random.Random, covered: int, wanted: int) -> int:
         """The newly covered patches as bits, or 0 when all attempts failed."""
@@ -113,7 +126,8 @@ class BlockwiseMasking:
 
     def __repr__(self) -> str:
         return (
-            f"BlockwiseMasking(grid={self.grid[0]}x{self.grid[1]}, target<={self.target}, "
+            f"BlockwiseMasking(grid={self.grid[0]}x{self.grid[1]}, "
+            f"target{'=' if self.exact else '<='}{self.target}, "
             f"min_block_patches={self.min_block_patches}, max_block_patches={self.target}, "
             f"aspect={self.min_aspect:.4g}..{1 / self.min_aspect:.4g})"
         )

@@ -89,6 +89,19 @@ def test_random_masking_is_exact_and_uniform():
     assert np.abs(masks.mean(axis=0) - 0.4).max() < 5 * math.sqrt(0.24 / 6000)
 
 
+@pytest.mark.parametrize(("grid", "ratio"), [((14, 14), 75 / 196), ((3, 5), 0.5), ((7, 11), 0.9)])
+def test_exact_masks_are_the_blocks_and_single_patches_up_to_the_target(grid, ratio):
+    blocks = BlockwiseMasking(grid, mask_ratio=ratio)
+    exact = BlockwiseMasking(grid, mask_ratio=ratio, exact=True)
+    fills = []
+    for seed in range(300):
+        filled, without = exact(random.Random(seed)), blocks(random.Random(seed))
+        assert filled.sum() == exact.target
+        assert not (without & ~filled).any()
+        fills.append(int(filled.sum() - without.sum()))
+    assert max(fills) > 0
+
+
 @pytest.mark.parametrize("masking", [BlockwiseMasking((3, 5)), RandomMasking((3, 5))])
 def test_same_generator_state_same_mask_and_globals_untouched(masking):
     random.seed(5)
@@ -144,3 +157,4 @@ def test_repr_prints_the_numbers():
     assert "target<=75" in repr(BlockwiseMasking())
     assert "min_block_patches=16" in repr(BlockwiseMasking())
     assert "target=75" in repr(RandomMasking())
+    assert "target=75" in repr(BlockwiseMasking(exact=True))
