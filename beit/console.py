@@ -1,11 +1,23 @@
 """What the user reads while it runs: our own log lines, on the console and in the run folder."""
 
+import contextlib
 import logging
 import logging.handlers
+import sys
 import warnings
 from pathlib import Path
 
+from beit.printable import printable_lines
+from beit.security.secrets import redacted
+
 _FORMAT = "%(asctime)s %(levelname).1s %(name)s: %(message)s"
+
+
+class RedactingFormatter(logging.Formatter):
+    """Leaves out what comes from the environment, in tracebacks too; escapes what would act."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable_lines(redacted(super().format(record)))
 
 
 def log_to_console() -> None:
@@ -14,10 +26,36 @@ def log_to_console() -> None:
     if logger.handlers:
         return
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.setFormatter(RedactingFormatter("%(message)s"))
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     logger.propagate = False
+
+
+class LogFile(logging.FileHandler):
+    """A log file whose disk may be full: that is told once on stderr, and the run goes on.
+
+    Each further line is another attempt.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, encoding="utf-8", errors="backslashreplace")
+        self._told = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        self._tell(sys.exc_info()[1])
+
+    def close(self) -> None:
+        try:
+            super().close()
+        except OSError as error:
+            self._tell(error)
+
+    def _tell(self, error: BaseException | None) -> None:
+        if not self._told and sys.stderr is not None:
+            self._told = True
+            with contextlib.suppress(OSError):
+                print(f"beit: {self.baseFilename} cannot be written: {error}", file=sys.stderr)
 
 
 class RunLog:
@@ -38,8 +76,8 @@ class RunLog:
 
     def open(self, path: Path) -> None:
         """Append to this file from now on, what was kept first."""
-        self._file = logging.FileHandler(path, encoding="utf-8")
-        self._file.setFormatter(logging.Formatter(_FORMAT))
+        self._file = LogFile(path)
+        self._file.setFormatter(RedactingFormatter(_FORMAT))
         self._buffer.setTarget(self._file)
         self._buffer.flush()
         logger = logging.getLogger("beit")
@@ -59,8 +97,15 @@ def only_warnings() -> None:
     logging.getLogger("beit").setLevel(logging.WARNING)
 
 
+def quiet_pillow() -> None:
+    """Drop what Pillow warns of in damaged images: those that cannot be read are named by us."""
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)
+
+
 def quiet_lightning() -> None:
     """Drop Lightning's advertisements and the warnings that our own design answers."""
+    quiet_pillow()
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
         logging.getLogger(name).setLevel(logging.WARNING)
     # the number of workers is the config's business

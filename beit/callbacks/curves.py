@@ -7,6 +7,7 @@ import lightning as L
 
 from beit.callbacks.figures import curves, save_figure
 from beit.callbacks.metrics_file import read_metrics
+from beit.loggers.guard import Guard
 
 
 class Curves(L.Callback):
@@ -23,10 +24,13 @@ class Curves(L.Callback):
     def __init__(self, metrics_file: str, folder: str) -> None:
         self.metrics_file = Path(metrics_file)
         self.folder = Path(folder)
+        self._guard = Guard("drawing", lost="curves")
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if not trainer.is_global_zero or not self.metrics_file.is_file():
-            return
+        if trainer.is_global_zero and self.metrics_file.is_file():
+            self._guard(self._draw)
+
+    def _draw(self) -> None:
         series = collect(read_metrics(self.metrics_file))
         if series:
             save_figure(curves(series), self.folder / "curves.png")

@@ -3,20 +3,26 @@
 import csv
 import os
 from argparse import Namespace
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
+
+_BLOCK = 1 << 16
 
 
 class MetricsFile(Logger):
     """Appends one row for each logged dict to `<save_dir>/metrics.csv`.
 
     Lightning's CSVLogger deletes the file it finds, so that a resumed run would lose its past.
-    Here rows are only ever added; after a resume the steps since the last checkpoint stand twice,
-    and the later row counts. A new metric adds a column, for which the file is rewritten whole
-    and then put in the old one's place.
+    Here a resumed run goes on after the last row of the checkpoint's past (see `rewind`), so that
+    each metric stands once for each step. A new metric adds a column, for which the file is
+    rewritten whole and then put in the old one's place.
+
+    The step of a row is Lightning's: that of the n-th optimizer step is n - 1, and so is that of
+    the validation and the means over the epoch that follow it.
     """
 
     def __init__(self, save_dir: str) -> None:
@@ -24,6 +30,7 @@ class MetricsFile(Logger):
         self._save_dir = Path(save_dir)
         self.path = self._save_dir / "metrics.csv"
         self._columns: list[str] = []
+        self._known: tuple[int, set[str]] = (-1, set())  # a step, and metrics that it has already
 
     @property
     def name(self) -> str:
@@ -43,35 +50,93 @@ class MetricsFile(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        if step == self._known[0]:
+            new = metrics.keys() - self._known[1]
+            if new <= {"epoch"}:
+                return
+            metrics = {key: metrics[key] for key in metrics if key in new or key == "epoch"}
         row = {"step": step, **{key: float(value) for key, value in metrics.items()}}
         if not self._columns and self.path.exists():
             self._columns = self._take_over()
         if not set(row) <= set(self._columns):
             self._add_columns(set(row))
         with self.path.open("a", newline="", encoding="utf-8") as file:
-            csv.DictWriter(file, self._columns).writerow(row)
+            csv.DictWriter(file, self._columns, lineterminator="\n").writerow(row)
+
+    @rank_zero_only
+    def rewind(self, step: int) -> None:
+        """Drop the rows of all optimizer steps after the first `step`.
+
+        Read from the end, and cut there: it takes no longer for a long file. What a run had logged
+        after its last saved step (the validation at the end of an epoch) is not logged again.
+        """
+        if not self.path.exists():
+            return
+        self._columns = self._take_over()
+        known: set[str] = set()
+        with self.path.open("rb+") as file:
+            for begin, line in _from_the_end(file):
+                number, metrics = self._read_row(line)
+                if number is None or number >= step:
+                    file.truncate(begin)
+                elif number == step - 1:
+                    known |= metrics
+                else:
+                    break
+        self._known = step - 1, known
+
+    def _read_row(self, line: str) -> tuple[int | None, set[str]]:
+        """The step of a row and the metrics it has; None for what is no row."""
+        values = dict(zip(self._columns, next(csv.reader([line]), [])))
+        text = values.pop("step", "")
+        number = int(text) if text.isdigit() else None
+        return number, {name for name, value in values.items() if value}
 
     def _take_over(self) -> list[str]:
         """The columns of the file that a previous start of this run left."""
-        text = self.path.read_text(encoding="utf-8")
-        if text and not text.endswith("\n"):
-            # it was killed in the middle of a row
-            self._replace(text[: text.rfind("\n") + 1])
-        return text.partition("\n")[0].strip().split(",") if "\n" in text else []
+        with self.path.open("rb+") as file:
+            for begin, line in _from_the_end(file, header=True):
+                if not line.endswith("\n"):
+                    file.truncate(begin)  # it was killed in the middle of a row
+                break
+            file.seek(0)
+            return [name for name in file.readline().decode().strip().split(",") if name]
 
     def _add_columns(self, names: set[str]) -> None:
         known = {*self._columns, *names} - {"step", "epoch"}
         rows = read_metrics(self.path) if self.path.exists() else []
         self._columns = ["step", "epoch", *sorted(known)]
-        lines = [",".join(self._columns)]
-        lines += [",".join(row.get(name, "") for name in self._columns) for row in rows]
         self._save_dir.mkdir(parents=True, exist_ok=True)
-        self._replace("\n".join(lines) + "\n")
-
-    def _replace(self, text: str) -> None:
         draft = self.path.with_suffix(".csv.part")
-        draft.write_text(text, encoding="utf-8")
-        os.replace(draft, self.path)
+        try:
+            with draft.open("w", newline="", encoding="utf-8") as file:
+                writer = csv.DictWriter(file, self._columns, restval="", lineterminator="\n")
+                writer.writeheader()
+                writer.writerows(rows)
+            os.replace(draft, self.path)
+        except OSError:
+            draft.unlink(missing_ok=True)
+            raise
+
+
+def _from_the_end(file: IO[bytes], *, header: bool = False) -> Iterator[tuple[int, str]]:
+    """(where it begins, text with its line end) of each line, the last one first.
+
+    The first line of the file, unless `header`, is left out.
+    """
+    begin, rest = file.seek(0, os.SEEK_END), b""
+    while begin > 0:
+        size = min(_BLOCK, begin)
+        begin -= size
+        file.seek(begin)
+        lines = (file.read(size) + rest).splitlines(keepends=True)
+        rest = lines[0]  # it may begin in the block before
+        at = begin + sum(map(len, lines))
+        for line in reversed(lines[1:]):
+            at -= len(line)
+            yield at, line.decode(errors="replace")
+    if rest and header:
+        yield 0, rest.decode(errors="replace")
 
 
 def read_metrics(path: Path) -> list[dict[str, str]]:

@@ -10,12 +10,13 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from torch import Tensor
 
 from beit.callbacks.figures import picture_grid, save_figure
 from beit.data.batches import MIMBatch, PixelBatch
 from beit.errors import UserError
+from beit.loggers.guard import Guard
+from beit.loggers.guarded import GuardedLogger, log_picture
 from beit.tokenizers.base import to_value_range
 
 log = logging.getLogger(__name__)
@@ -60,6 +61,7 @@ class Pictures(L.Callback):
         self._settled = False  # it came from the validation loader
         self._drawn_at = -1
         self._warned = False
+        self._guard = Guard("drawing", lost=f"pictures of {self.name}")
 
     def columns(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Tensor]:
         """Column title -> images (B, 3, H, W) in [0, 1] of the sample that `self._sample` holds."""
@@ -115,13 +117,17 @@ class Pictures(L.Callback):
         with undisturbed(pl_module), trainer.precision_plugin.forward_context(), torch.no_grad():
             columns = self.columns(trainer, pl_module)
         title = f"epoch {trainer.current_epoch + 1}, step {step}"
+        self._guard(self._publish, trainer, columns, title)
+
+    def _publish(self, trainer: L.Trainer, columns: dict[str, Tensor], title: str) -> None:
+        step = trainer.global_step
         figure = picture_grid({k: v.float().cpu() for k, v in columns.items()}, title=title)
         pixels = save_figure(figure, self.folder / f"{self.name}-step{step:07d}.png")
         for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_image(self.name, pixels, step, dataformats="HWC")
-            elif isinstance(logger, WandbLogger):
-                logger.log_image(self.name, [pixels])
+            if isinstance(logger, GuardedLogger):
+                logger.log_picture(self.name, pixels, step)
+            else:
+                log_picture(logger, self.name, pixels, step)
 
     def _decode(self, tokenizer: Any, token_ids: dict[str, Tensor]) -> dict[str, Tensor]:
         """Decode each entry; nothing, and one warning, for a tokenizer that can only encode."""

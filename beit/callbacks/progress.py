@@ -133,13 +133,18 @@ class Progress(L.Callback):
         line = f"[{'=' * filled}{' ' * (BAR_WIDTH - filled)}] {text}"
         columns = shutil.get_terminal_size().columns
         # back to the first column at the end, so that whatever else is printed covers the bar
-        self.stream.write(f"\r\x1b[K{line[: columns - 1]}\r")
-        self.stream.flush()
+        self._write(f"\r\x1b[K{line[: columns - 1]}\r")
 
     def _wipe(self) -> None:
         if self.interactive:
-            self.stream.write("\r\x1b[K")
+            self._write("\r\x1b[K")
+
+    def _write(self, text: str) -> None:
+        try:
+            self.stream.write(text)
             self.stream.flush()
+        except (OSError, ValueError):  # the terminal is gone, or closed
+            self.interactive = False
 
 
 def _epoch(trainer: L.Trainer) -> str:

@@ -9,13 +9,15 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
 from beit.data.images import UnreadableImage
 from beit.data.randomness import sample_key, sample_rng
 from beit.data.sources import ImageSource
 from beit.data.views import EvalTransform, PixelTransform, TrainTransform, TwoViewTransform
+from beit.data.workers import Failure, SampleError, fault
 from beit.errors import UserError
+from beit.job.exits import RunEnd
 
 REPLACEMENT_ATTEMPTS = 16
 
@@ -52,6 +54,7 @@ class Sample:
     tensors: tuple[Tensor, ...]
     index: int
     failed: int  # -1, or the unreadable image that this one stands in for
+    reason: str = ""  # its name and why it could not be read
 
 
 class KeyedDataset(Dataset[Sample]):
@@ -64,28 +67,52 @@ class KeyedDataset(Dataset[Sample]):
 
     Raises:
         UserError: the replacements are unreadable too.
+        SampleError: anything else, with the image's name.
     """
 
     def __init__(self, source: ImageSource, make_sample: MakeSample, *, seed: int) -> None:
         self.source = source
         self.make_sample = make_sample
         self.seed = seed
+        self.reading: Callable[[int], None] = _nobody  # is told which image, -1 for none
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         epoch, index = key
-        image, label, loaded = self._load(index)
-        tensors = self.make_sample(image, label, SampleKey(self.seed, epoch, index))
-        return Sample(tensors, loaded, -1 if loaded == index else index)
+        try:
+            image, label, loaded, reason = self._load(index)
+            tensors = self.make_sample(image, label, SampleKey(self.seed, epoch, index))
+        except (UserError, RunEnd):
+            raise
+        except Exception as error:
+            what = f"epoch {epoch}, image {index} ({self.source.name(index)})"
+            raise fault(error, what) from error
+        return Sample(tensors, loaded, -1 if loaded == index else index, reason)
 
-    def _load(self, index: int) -> tuple[Image.Image, int | None, int]:
-        """Image, label and the index they really are of."""
-        candidate, failures = index, []
-        for attempt in range(REPLACEMENT_ATTEMPTS):
+    def __getitems__(self, keys: Sequence[tuple[int, int]]) -> list[Sample] | list[Failure]:
+        """The samples of a batch; out of a worker, what went wrong comes in their place."""
+        samples = []
+        for key in keys:
             try:
-                return *self.source.load(candidate), candidate
+                samples.append(self[key])
+            except (UserError, SampleError) as error:
+                if get_worker_info() is None:
+                    raise
+                return [Failure(error)]
+        self.reading(-1)
+        return samples
+
+    def _load(self, index: int) -> tuple[Image.Image, int | None, int, str]:
+        """Image and label, the index they really are of, why it is not the one asked for."""
+        candidate = index
+        failures: list[UnreadableImage] = []
+        for attempt in range(REPLACEMENT_ATTEMPTS):
+            self.reading(candidate)
+            try:
+                reason = str(failures[0]) if failures else ""
+                return *self.source.load(candidate), candidate, reason
             except UnreadableImage as error:
                 failures.append(error)
             candidate = sample_key(self.seed, attempt, index, "replacement") % len(self.source)
@@ -93,6 +120,10 @@ class KeyedDataset(Dataset[Sample]):
             f"unreadable image {failures[0]}; {REPLACEMENT_ATTEMPTS} images tried in its place, "
             "all unreadable: mend the data set"
         )
+
+
+def _nobody(index: int) -> None:
+    """Nobody wants to know which image is being read."""
 
 
 class TwoViewSample:

@@ -16,8 +16,15 @@ import numpy as np
 from PIL import Image
 
 from beit.data.images import open_rgb
-from beit.data.paths import PathTable, existing_folder, image_files, known_extensions
+from beit.data.paths import (
+    PathTable,
+    existing_folder,
+    image_files,
+    known_extensions,
+    subfolders,
+)
 from beit.errors import UserError
+from beit.printable import printable
 
 
 class _Files:
@@ -38,7 +45,10 @@ class _Files:
         return image, None if self.labels is None else int(self.labels[index])
 
     def name(self, index: int) -> str:
-        return str(self.root / self._files[index])
+        return printable(str(self.root / self._files[index]))
+
+    def identity(self) -> tuple[bytes, ...]:
+        return self._files.blocks()
 
 
 class ClassFolder(_Files):
@@ -52,11 +62,7 @@ class ClassFolder(_Files):
 
     def __init__(self, root: str | Path) -> None:
         folder = existing_folder(root)
-        self.classes = sorted(
-            entry.name
-            for entry in os.scandir(folder)
-            if entry.is_dir() and not entry.name.startswith(".")
-        )
+        self.classes = subfolders(folder)
         if not self.classes:
             raise UserError(
                 f"{folder}: no class folders; expected root/CLASS/IMAGE "
@@ -68,7 +74,7 @@ class ClassFolder(_Files):
             found = [os.path.join(name, file) for file in image_files(folder / name)]
             if not found:
                 raise UserError(
-                    f"{folder / name}: no images in this class folder "
+                    f"{printable(str(folder / name))}: no images in this class folder "
                     f"(looked for {known_extensions()}); add some or remove the folder"
                 )
             files += found
@@ -129,8 +135,8 @@ class ListFile(_Files):
             raise UserError(f"{self.path} line {line}: no path in this row (key 'path')")
         if not os.path.isfile(self.root / file):
             raise UserError(
-                f"{self.path} line {line}: {self.root / file} does not exist; paths are relative "
-                "to root, or to the list's folder when root is empty"
+                f"{self.path} line {line}: {printable(str(self.root / file))} does not exist or "
+                "is no file; paths are relative to root, or to the list's folder when root is empty"
             )
 
     def _read_labels(
@@ -147,8 +153,8 @@ class ListFile(_Files):
         for (line, _), value, number in zip(rows, values, numbers, strict=True):
             if number is not None and number < 0 and not named:
                 raise UserError(
-                    f"{self.path} line {line}: label {value!r}; numbers of classes begin at 0 "
-                    "(leave the label out of all rows if there are none)"
+                    f"{self.path} line {line}: label {_shown(value)}; numbers of classes begin at "
+                    "0 (leave the label out of all rows if there are none)"
                 )
         if None in numbers or named:
             classes = classes or sorted({str(value) for value in values})
@@ -158,8 +164,8 @@ class ListFile(_Files):
         for (line, _), value, number in zip(rows, values, numbers, strict=True):
             if number is None or not 0 <= number < len(classes):
                 raise UserError(
-                    f"{self.path} line {line}: label {value!r} is not one of the {len(classes)} "
-                    f"classes (0 to {len(classes) - 1}, or their names)"
+                    f"{self.path} line {line}: label {_shown(value)} is not one of the "
+                    f"{len(classes)} classes (0 to {len(classes) - 1}, or their names)"
                 )
         return classes, np.array(numbers, dtype=np.int64)
 
@@ -185,17 +191,30 @@ def find_images(path: str | Path) -> list[Path]:
 
 def open_image(path: str | Path) -> Image.Image:
     """An upright RGB image. Raises UnreadableImage."""
-    return open_rgb(Path(path), str(path))
+    return open_rgb(path, str(path))
 
 
 def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Line number and fields of each row."""
+    """Line number and fields of each row. Raises UserError for what is not text, or not CSV."""
+    number = 1
+    try:
+        for number, row in _rows_of(path):
+            yield number, row
+    except (csv.Error, UnicodeDecodeError) as error:
+        where = f"{path} after line {number}" if number > 1 else str(path)
+        raise UserError(
+            f"{where}: {printable(str(error))}; expected UTF-8 text, one image a line"
+        ) from error
+
+
+def _rows_of(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     with open(path, newline="", encoding="utf-8-sig") as file:
         if path.suffix.lower() == ".csv":
             reader = csv.DictReader(file, skipinitialspace=True)
             if "path" not in (reader.fieldnames or ()):
                 raise UserError(
-                    f"{path} line 1: header {reader.fieldnames}; expected 'path' or 'path,label'"
+                    f"{path} line 1: header {_shown(reader.fieldnames)}; expected 'path' or "
+                    "'path,label'"
                 )
             for row in reader:
                 yield reader.line_num, row
@@ -208,12 +227,13 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 def _json_row(path: Path, line: int, text: str) -> dict[str, Any]:
     try:
         row = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{path} line {line}: not JSON ({error.msg}); use .csv for tables"
-        ) from error
+    except (ValueError, RecursionError) as error:  # not JSON, a number too long, a nest too deep
+        said = getattr(error, "msg", str(error))
+        raise UserError(f"{path} line {line}: not JSON ({said}); use .csv for tables") from error
     if not isinstance(row, dict):
-        raise UserError(f'{path} line {line}: {row!r}; expected {{"path": ..., "label": ...}}')
+        raise UserError(
+            f'{path} line {line}: {_shown(row)}; expected {{"path": ..., "label": ...}}'
+        )
     return row
 
 
@@ -221,3 +241,7 @@ def _as_number(value: Any) -> int | None:
     if isinstance(value, str):  # int() alone would take 1_000 too, which may be a name
         return int(value) if re.fullmatch(r"\s*[+-]?\d+\s*", value) else None
     return value if isinstance(value, int) else None
+
+
+def _shown(value: Any) -> str:
+    return printable(repr(value), limit=200)

@@ -2,14 +2,17 @@
 
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import lightning as L
 from torch.utils.data import DataLoader
 
+from beit.data import fingerprint
 from beit.data.dataset import KeyedDataset, MakeSample
 from beit.data.loading import Loaders, LoaderSettings
 from beit.data.sources import ImageSource
+from beit.data.workers import WorkerLost
 from beit.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -41,12 +44,17 @@ class ImageData(L.LightningDataModule):
         train_data = KeyedDataset(*train, seed=settings.seed)
         self.loaders = Loaders(settings, batch_type, train=train_data, val=val_data)
         self.classes: list[str] | None = None
+        self.lost: WorkerLost | None = None  # a process that read images, once one is gone
         self._described, self._warned_of = described, warned_of
 
     @property
     def running_trainer(self) -> L.Trainer:
         assert self.trainer is not None, "Lightning attaches the trainer before it asks for loaders"
         return self.trainer
+
+    def micro_batches(self, *, world_size: int, accumulate: int) -> int:
+        """Training batches of each rank in an epoch."""
+        return self.loaders.micro_batches(world_size=world_size, accumulate=accumulate)
 
     def steps_per_epoch(self, *, world_size: int, accumulate: int) -> int:
         """Optimizer steps in an epoch."""
@@ -61,12 +69,26 @@ class ImageData(L.LightningDataModule):
         self.loaders.check_validation(world_size=world_size)
         self.loaders.check_sources(stage=stage)
 
+    def fingerprint(self) -> dict[str, Any]:
+        """What the run is trained on and validated on, see `beit.data.fingerprint`."""
+        val = self.loaders.val_data
+        return {
+            "train": fingerprint.of_source(self.loaders.train_data.source),
+            "val": None if val is None else fingerprint.of_source(val.source),
+        }
+
     def setup(self, stage: str) -> None:
+        if stage == "fit":
+            trainer = self.running_trainer
+            folder = Path(trainer.default_root_dir)
+            self.loaders.unreadable.record_in(folder, rank=trainer.global_rank)
         if not self.running_trainer.is_global_zero:
             return
         val = self.loaders.val_data
         log.info("training %r", self.loaders.train_data.source)
         log.info("validation %r", val.source if val is not None else None)
+        if stage == "fit":
+            log.info("%s", self.loaders.last_batch_told())
         for line in self._described:
             log.info("%s", line)
         for line in self._warned_of:
@@ -81,6 +103,10 @@ class ImageData(L.LightningDataModule):
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         # here the batch is still on the CPU: counting costs no synchronisation
         return self.loaders.without_failures(batch, self.running_trainer)
+
+    def on_exception(self, exception: BaseException) -> None:
+        # torch may tell of a dead worker anywhere in the program, and soon ends all the others
+        self.lost = self.loaders.lost_worker()
 
     def teardown(self, stage: str) -> None:
         if stage == "fit":

@@ -1,7 +1,7 @@
 """Image files to upright RGB, whatever their mode; and the one error for unreadable ones."""
 
+import errno
 import functools
-import io
 import struct
 import zlib
 from pathlib import Path
@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageCms, ImageOps
 
-# file formats that are opened, whatever the name says: an EPS named .jpg would start Ghostscript
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")
+from beit.data.opening import decode, open_header, read_file
+from beit.printable import printable
+
 # what Pillow's readers raise on broken files (tried on its own collection of them)
 BROKEN_FILE_ERRORS = (
     OSError,
@@ -20,21 +21,23 @@ BROKEN_FILE_ERRORS = (
     EOFError,
     LookupError,
     OverflowError,
-    NotImplementedError,
+    RuntimeError,  # AVIF
     struct.error,
     zlib.error,
     Image.DecompressionBombError,
     ImageCms.PyCMSError,
 )
+# not the image's fault: it would be counted as broken in this run and not in the next
+_MACHINE_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
 class UnreadableImage(Exception):
-    """An image that cannot be decoded: its name, and what the reader said."""
+    """An image that cannot be decoded: its name, and what the reader said, fit to be printed."""
 
     def __init__(self, name: str, reason: str) -> None:
         super().__init__(name, reason)  # both, so that it survives the way out of a worker
-        self.name = name
-        self.reason = reason
+        self.name = printable(name)
+        self.reason = printable(reason)
 
     def __str__(self) -> str:
         return f"{self.name}: {self.reason}"
@@ -44,21 +47,20 @@ def open_rgb(file: str | Path | bytes, name: str) -> Image.Image:
     """A file or its bytes as an upright RGB image of at least 1x1 pixels.
 
     Raises:
-        UnreadableImage: missing, broken, truncated, too large (Pillow's limit) or empty.
+        UnreadableImage: missing, broken, truncated, empty, or beyond the limits of `opening`.
     """
-    stream = io.BytesIO(file) if isinstance(file, bytes) else file
     try:
-        with Image.open(stream, formats=_formats()) as opened:
+        data = file if isinstance(file, bytes) else read_file(file)
+        with open_header(data) as opened:
             # load before the EXIF is touched: on a broken PNG getexif() raises first, and the next
             # load() of the same object then passes
-            opened.load()
+            decode(opened)
             ImageOps.exif_transpose(opened, in_place=True)
-            image = to_rgb(opened)
+            return to_rgb(opened)
     except BROKEN_FILE_ERRORS as error:
+        if isinstance(error, OSError) and error.errno in _MACHINE_ERRORS:
+            raise
         raise UnreadableImage(name, _reason(error)) from error
-    if image.width < 1 or image.height < 1:
-        raise UnreadableImage(name, f"{image.width}x{image.height} pixels")
-    return image
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -71,8 +73,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB":
         return image
     if image.mode == "I" or image.mode.startswith("I;16"):
-        levels = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
-        return Image.fromarray(((levels + 128) // 257).astype(np.uint8)).convert("RGB")
+        levels = np.clip(np.asarray(image), 0, 65535).astype(np.uint32)
+        levels += 128  # in place: four bytes a pixel are enough
+        levels //= 257
+        return Image.fromarray(levels.astype(np.uint8)).convert("RGB")
     if image.mode == "LAB":
         converted = ImageCms.applyTransform(image, _lab_to_srgb())
         assert converted is not None  # None only in place
@@ -83,13 +87,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _reason(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror  # the name is told already
     return " ".join(str(error).split()) or type(error).__name__
-
-
-@functools.cache
-def _formats() -> tuple[str, ...]:
-    Image.init()
-    return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 @functools.cache

@@ -9,8 +9,12 @@ import numpy as np
 from PIL import Image
 from torchvision import datasets as torchvision_datasets
 
-from beit.data.images import open_rgb, to_rgb
+from beit.data.images import BROKEN_FILE_ERRORS, UnreadableImage, open_rgb, to_rgb
 from beit.errors import UserError
+
+# LSUN unpickles a file that it finds in the current folder; CIFAR's pickles are compared with their
+# known checksums first
+_PICKLED = ("LSUN", "LSUNClass")
 
 
 class TorchvisionSource:
@@ -26,6 +30,11 @@ class TorchvisionSource:
     def __init__(
         self, name: str, root: str | Path, *, download: bool = False, **options: Any
     ) -> None:
+        if name in _PICKLED:
+            raise UserError(
+                f"torchvision data set '{name}' keeps a pickle beside its images, which "
+                "may hold code; give the images as a folder (data=folder)"
+            )
         if name not in torchvision_datasets.__all__:
             close = difflib.get_close_matches(name, torchvision_datasets.__all__, n=3, cutoff=0.4)
             raise UserError(
@@ -62,13 +71,19 @@ class TorchvisionSource:
         return len(self._data)
 
     def load(self, index: int) -> tuple[Image.Image, int | None]:
-        image, label = self._data[index]
+        try:
+            image, label = self._data[index]
+        except BROKEN_FILE_ERRORS as error:  # of the data sets that open their files themselves
+            raise UnreadableImage(self.name(index), str(error)) from error
         if not isinstance(image, Image.Image):
             image = Image.fromarray(np.asarray(image))
         return to_rgb(image), int(label)
 
     def name(self, index: int) -> str:
         return f"{self.origin} image {index}"
+
+    def identity(self) -> tuple[bytes, ...]:
+        return (self.origin.encode(),)
 
     def __repr__(self) -> str:
         return f"TorchvisionSource({self.origin}: {len(self)} images)"
@@ -105,6 +120,9 @@ class Digits:
 
     def name(self, index: int) -> str:
         return f"digits scan {self.indices[index]}"
+
+    def identity(self) -> tuple[bytes, ...]:
+        return (self.indices.tobytes(),)
 
     def __repr__(self) -> str:
         return f"Digits({self.split}: {len(self)} images, 10 classes)"

@@ -1,7 +1,7 @@
 """Loaders of a data module: batches, workers, where a resumed run goes on, unreadable images."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -10,8 +10,15 @@ from torch.utils.data import DataLoader
 
 from beit.data.dataset import Collate, KeyedDataset
 from beit.data.limits import not_negative, whole_number
-from beit.data.sampler import GlobalBatchSampler, evaluation_steps, full_steps, limited
+from beit.data.sampler import (
+    GlobalBatchSampler,
+    evaluation_batches,
+    full_steps,
+    limited,
+    tail_sizes,
+)
 from beit.data.unreadable import UnreadableImages, reason
+from beit.data.workers import WatchedLoader, WorkerLost
 from beit.errors import UserError
 
 
@@ -29,6 +36,8 @@ class LoaderSettings:
         timeout_seconds: how long a batch may take to come from a worker; 0 waits for ever.
         prefetch_factor: batches read ahead by each worker.
         check_images: images of each source that are decoded before training begins.
+        last_batch: the images of an epoch that fill no global batch: "drop" leaves them out (others
+            in each epoch), "keep" has a last step of fewer images.
     """
 
     global_batch_size: int
@@ -39,6 +48,7 @@ class LoaderSettings:
     timeout_seconds: float = 300.0
     prefetch_factor: int = 4
     check_images: int = 64
+    last_batch: Literal["drop", "keep"] = "drop"
 
     def __post_init__(self) -> None:
         for name in ("global_batch_size", "batch_size_per_device", "prefetch_factor"):
@@ -46,6 +56,8 @@ class LoaderSettings:
         for name in ("num_workers", "seed", "max_unreadable_images", "check_images"):
             whole_number(name, getattr(self, name), at_least=0)
         not_negative("timeout_seconds", self.timeout_seconds)
+        if self.last_batch not in ("drop", "keep"):
+            raise UserError(f"last_batch {self.last_batch!r}: expected drop or keep")
 
 
 class Loaders:
@@ -63,18 +75,47 @@ class Loaders:
         self.train_data = train
         self.val_data = val
         self.unreadable = UnreadableImages(settings.max_unreadable_images)
-        self._collate = Collate(batch_type)
+        self.collate = Collate(batch_type)
+        self._open: dict[str, WatchedLoader] = {}  # by the role of their data
+
+    def micro_batches(self, *, world_size: int, accumulate: int) -> int:
+        """Training batches of each rank in an epoch.
+
+        Raises UserError if the data do not fill an optimizer step, or the last one cannot be dealt
+        out.
+        """
+        batch_size = self.settings.batch_size_per_device
+        full = full_steps(len(self.train_data), batch_size, world_size, accumulate)
+        tail = self.tail_sizes(world_size=world_size, accumulate=accumulate)
+        return full * accumulate + len(tail) // world_size
 
     def steps_per_epoch(self, *, world_size: int, accumulate: int) -> int:
-        """Optimizer steps in an epoch. Raises UserError if the data do not fill one."""
+        """Optimizer steps in an epoch; raises as `micro_batches`."""
+        return -(-self.micro_batches(world_size=world_size, accumulate=accumulate) // accumulate)
+
+    def tail_sizes(self, *, world_size: int, accumulate: int) -> list[int]:
+        """Sizes of all ranks' batches in an epoch's last incomplete step; empty: there is none."""
+        if self.settings.last_batch == "drop":
+            return []
         batch_size = self.settings.batch_size_per_device
-        return full_steps(len(self.train_data), batch_size, world_size, accumulate)
+        return tail_sizes(len(self.train_data), batch_size, world_size, accumulate)
+
+    def last_batch_told(self) -> str:
+        """A line for the log: what becomes of the images that fill no global batch."""
+        size, batch = len(self.train_data), self.settings.global_batch_size
+        steps = f"{size} training images, {size // batch} steps of {batch} an epoch"
+        rest = size % batch
+        if rest == 0:
+            return steps
+        if self.settings.last_batch == "drop":
+            return f"{steps}; the last {rest} of its order are left out (loader.last_batch=drop)"
+        return f"{steps}; a last step sees the remaining {rest} (loader.last_batch=keep)"
 
     def check_validation(self, *, world_size: int) -> None:
         """Raises UserError if the validation images do not reach every rank."""
         if self.val_data is not None:
             batch_size = self.settings.batch_size_per_device
-            evaluation_steps(len(self.val_data), batch_size, world_size)
+            evaluation_batches(len(self.val_data), batch_size, world_size)
 
     def train(self, trainer: L.Trainer) -> DataLoader:
         """The loader of this rank, which begins where a resumed run left off."""
@@ -83,14 +124,19 @@ class Loaders:
         epoch, micro_batch = resume_position(trainer, len(sampler))
         sampler.set_epoch(epoch)
         sampler.start(micro_batch)
-        return self._loader(self.train_data, sampler, trainer)
+        return self._loader("training", sampler, trainer)
 
     def val(self, trainer: L.Trainer) -> DataLoader | list[Any]:
         """All validation images, spread over the ranks; no loader if there are none."""
         if self.val_data is None:
             return []
         sampler = self._sampler(trainer, self.val_data, training=False)
-        return self._loader(self.val_data, sampler, trainer)
+        return self._loader("validation", sampler, trainer)
+
+    def lost_worker(self) -> WorkerLost | None:
+        """What is known of workers that have ended by themselves; None if all live."""
+        found = (loader.lost() for loader in self._open.values())
+        return next((lost for lost in found if lost), None)
 
     def _sampler(
         self, trainer: L.Trainer, data: KeyedDataset, *, training: bool
@@ -103,32 +149,30 @@ class Loaders:
             accumulate=trainer.accumulate_grad_batches if training else 1,
             seed=self.settings.seed,
             shuffle=training,
-            drop_last=training,
+            last_batch=self.settings.last_batch if training else "even",
         )
 
-    def _loader(
-        self, data: KeyedDataset, sampler: GlobalBatchSampler, trainer: L.Trainer
-    ) -> DataLoader:
+    def _loader(self, role: str, sampler: GlobalBatchSampler, trainer: L.Trainer) -> DataLoader:
         workers = self.settings.num_workers
         worker_options: dict[str, Any] = {}
         if workers > 0:
             worker_options = {
                 "persistent_workers": True,
                 "prefetch_factor": self.settings.prefetch_factor,
-                "timeout": self.settings.timeout_seconds,
-                "worker_init_fn": _one_thread,
             }
-        return DataLoader(
-            data,
+        self._open[role] = WatchedLoader(
+            self.train_data if role == "training" else self.val_data,
             batch_sampler=sampler,
             num_workers=workers,
-            collate_fn=self._collate,
+            collate_fn=self.collate,
+            limit=self.settings.timeout_seconds,
             pin_memory=trainer.strategy.root_device.type == "cuda",
             # its own generator: a loader draws a seed for its workers at every epoch, which would
             # otherwise shift the dropout of a resumed run
             generator=torch.Generator().manual_seed(self.settings.seed),
             **worker_options,
         )
+        return self._open[role]
 
     def _check_global_batch(self, trainer: L.Trainer) -> None:
         per_device, accumulate = (
@@ -167,18 +211,19 @@ class Loaders:
         kept = failed < 0
         if bool(kept.all()):
             return batch
+        role = "training" if trainer.training else "validation"
         data = self.train_data if trainer.training else self.val_data
         assert data is not None
+        reasons = self._open[role].reasons if role in self._open else {}
         fitting = trainer.state.fn == TrainerFn.FITTING
         for index in failed[~kept].tolist():
             if not fitting:
+                why = reasons.get(index) or reason(data.source, index)
                 raise UserError(
-                    f"unreadable validation image {reason(data.source, index)}; "
-                    "none is skipped in evaluation: mend or remove it"
+                    f"unreadable validation image {why}; none is skipped in evaluation: mend or "
+                    "remove it"
                 )
-            self.unreadable.meet(
-                data.source, "training" if trainer.training else "validation", index
-            )
+            self.unreadable.meet(data.source, role, index, reasons.get(index, ""))
         if trainer.training:
             return batch
         if not bool(kept.any()):
@@ -201,7 +246,3 @@ def resume_position(trainer: L.Trainer, micro_batches: int) -> tuple[int, int]:
     # saved on an epoch's last batch (that epoch counts as started, not as processed), or after its
     # end (as both): the next one is the number of epochs that were started
     return loop.epoch_progress.current.started, 0
-
-
-def _one_thread(worker_id: int) -> None:
-    torch.set_num_threads(1)  # the workers share the cores with the training step

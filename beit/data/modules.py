@@ -7,6 +7,7 @@ import torch
 from timm.data import Mixup
 from torch import Tensor, nn
 
+from beit.data import fingerprint
 from beit.data.batches import LabelledBatch, MIMBatch, PixelBatch, TwoViewBatch
 from beit.data.dataset import (
     EvalLabelledSample,
@@ -85,6 +86,10 @@ class PretrainingData(ImageData):
         self.tokenizer = tokenizer.eval().requires_grad_(False)
         self.tokenizer_precision = tokenizer_precision
         self.mean, self.std = torch.tensor(mean), torch.tensor(std)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """The same with the tokenizer's weights, which make the targets."""
+        return {**super().fingerprint(), "tokenizer": fingerprint.of_module(self.tokenizer)}
 
     def on_after_batch_transfer(self, batch: TwoViewBatch, dataloader_idx: int) -> MIMBatch:
         return MIMBatch(
@@ -168,6 +173,12 @@ class ClassificationData(ImageData):
                 f"batch per device {self.loaders.settings.batch_size_per_device}: mixing pairs the "
                 "images of a batch and needs an even number"
             )
+        tail = self.loaders.tail_sizes(world_size=world_size, accumulate=accumulate)
+        if stage == "fit" and self.mixing and any(size % 2 for size in tail):
+            raise UserError(
+                f"loader.last_batch=keep: the last step has batches of {min(tail)} to {max(tail)} "
+                "images, and mixing needs an even number in each; say loader.last_batch=drop"
+            )
 
     def on_after_batch_transfer(self, batch: LabelledBatch, dataloader_idx: int) -> LabelledBatch:
         trainer = self.running_trainer
@@ -203,6 +214,16 @@ class TokenizerData(ImageData):
             val=(val, make_sample),
             described=(f"views {views!r}",),
         )
+
+    def check(self, *, world_size: int, accumulate: int, stage: str = "fit") -> None:
+        """Raises UserError for too few or unreadable images, and for an incomplete last batch."""
+        super().check(world_size=world_size, accumulate=accumulate, stage=stage)
+        if stage == "fit" and self.loaders.settings.last_batch == "keep":
+            raise UserError(
+                "loader.last_batch=keep: a tokenizer's batch norm and the balance of its codes are "
+                "of a whole batch and come out otherwise in a smaller one; say "
+                "loader.last_batch=drop"
+            )
 
     def on_after_batch_transfer(self, batch: PixelBatch, dataloader_idx: int) -> PixelBatch:
         return batch._replace(images=batch.images.float().div_(255))

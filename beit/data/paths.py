@@ -3,10 +3,12 @@
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 
 from beit.errors import UserError
+from beit.printable import printable
 
 # extensions taken for images (the released code's, and GIF and AVIF)
 EXTENSIONS = (
@@ -25,6 +27,10 @@ class PathTable:
     def __len__(self) -> int:
         return len(self._ends)
 
+    def blocks(self) -> tuple[bytes, bytes]:
+        """All of them in order as two blocks of bytes: the characters, and where each path ends."""
+        return self._bytes, self._ends.tobytes()
+
     def __getitem__(self, index: int) -> str:
         if not 0 <= index < len(self):
             raise IndexError(f"path {index} of {len(self)}")
@@ -33,7 +39,10 @@ class PathTable:
 
 
 def image_files(root: Path, *, recursive: bool = True) -> Iterator[str]:
-    """Paths of the images below root, relative to it, folder by folder in sorted order."""
+    """Paths of the images below root, relative to it, folder by folder in sorted order.
+
+    Raises UserError for a folder that cannot be read: its images would be missed without a word.
+    """
     walk = _folders(root)
     for folder, names in sorted(walk) if recursive else [next(walk)]:
         relative = os.path.relpath(folder, root)
@@ -45,13 +54,21 @@ def image_files(root: Path, *, recursive: bool = True) -> Iterator[str]:
 def _folders(root: Path) -> Iterator[tuple[str, list[str]]]:
     """Each folder and its files, links followed. Hidden folders are left out, and so are links to
     a folder that the way came through, or to one above it: they would never end."""
-    for folder, subfolders, names in os.walk(root, followlinks=True):
+    for folder, subfolders, names in os.walk(root, followlinks=True, onerror=_refuse):
         yield folder, names
         subfolders[:] = [
             name
             for name in subfolders
             if not name.startswith(".") and not _leads_back(os.path.join(folder, name), root)
         ]
+
+
+def _refuse(error: OSError) -> NoReturn:
+    folder = printable(os.fspath(error.filename))
+    raise UserError(
+        f"{folder}: this folder cannot be read ({error.strerror}); mend its permissions, or move "
+        "it out of the data set"
+    ) from error
 
 
 def _leads_back(path: str, root: Path) -> bool:
@@ -68,10 +85,25 @@ def _leads_back(path: str, root: Path) -> bool:
 def existing_folder(root: str | Path) -> Path:
     """The folder as a path. Raises UserError if there is none."""
     path = Path(root).expanduser()
-    if not path.is_dir():
+    try:
+        if path.is_dir():
+            return path
         kind = "is a file, not a folder" if path.is_file() else "no such folder"
-        raise UserError(f"{path}: {kind}; give the folder that holds the images")
-    return path
+    except OSError as error:  # of a folder above it
+        _refuse(error)
+    raise UserError(f"{printable(str(path))}: {kind}; give the folder that holds the images")
+
+
+def subfolders(root: Path) -> list[str]:
+    """Names of the folders in a folder, sorted; those starting with a dot are passed over.
+
+    Raises UserError if it cannot be read.
+    """
+    try:
+        with os.scandir(root) as entries:
+            return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
+    except OSError as error:
+        _refuse(error)
 
 
 def known_extensions() -> str:

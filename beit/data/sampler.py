@@ -1,11 +1,17 @@
 """Which samples a rank sees, and in which order: a function of (seed, epoch) alone."""
 
+import itertools
 from collections.abc import Iterator
+from typing import Literal
 
 import numpy as np
 from torch.utils.data import Sampler
 
 from beit.errors import UserError
+
+# what becomes of an epoch's last incomplete global batch: left out, an optimizer step of its own,
+# or (evaluation) spread over all batches of the epoch
+LastBatch = Literal["drop", "keep", "even"]
 
 
 class GlobalBatchSampler(Sampler[list[tuple[int, int]]]):
@@ -16,14 +22,16 @@ class GlobalBatchSampler(Sampler[list[tuple[int, int]]]):
     so the optimizer steps see the same samples however a global batch of
     batch_size * world_size * accumulate is spread.
 
-    Training (`drop_last`) leaves out the last incomplete global batch. Evaluation keeps everything:
-    the ranks together see each index once, in batches of at most batch_size whose sizes differ by
-    at most one, and each rank has as many of them. (DDP exchanges buffers before every batch, so
-    ranks may not differ. With batch_size 1 some batches have two samples for that.)
+    The samples that are left over for the epoch's last, incomplete global batch are left out with
+    `last_batch` "drop". With "keep" they are dealt out: the ranks together see each of them once,
+    in batches of at most batch_size whose sizes differ by at most one, and each rank has as many of
+    them. (DDP waits for all ranks at every batch. With batch_size 1 some batches have two samples
+    for that.) Evaluation, "even", deals out the whole epoch in this way.
     Without `shuffle` the epoch stays 0: evaluation draws the same crops and masks each time.
 
     Raises:
-        UserError: `drop_last` and fewer samples than one global batch, or fewer samples than ranks.
+        UserError: fewer samples than one global batch in training; fewer samples to be dealt out
+            than ranks.
     """
 
     def __init__(
@@ -36,7 +44,7 @@ class GlobalBatchSampler(Sampler[list[tuple[int, int]]]):
         accumulate: int = 1,
         seed: int,
         shuffle: bool,
-        drop_last: bool,
+        last_batch: LastBatch,
     ) -> None:
         assert 0 <= rank < world_size
         assert batch_size > 0
@@ -48,13 +56,15 @@ class GlobalBatchSampler(Sampler[list[tuple[int, int]]]):
         self.accumulate = accumulate
         self.seed = seed
         self.shuffle = shuffle
-        self.drop_last = drop_last
         self.epoch = 0
         self._start = 0
-        if drop_last:
-            full_steps(size, batch_size, world_size, accumulate)
+        if last_batch == "even":
+            self._full, self._tail = 0, evaluation_batches(size, batch_size, world_size)
         else:
-            evaluation_steps(size, batch_size, world_size)
+            spread = {"world_size": world_size, "accumulate": accumulate}
+            self._full = full_steps(size, batch_size, **spread) * accumulate
+            keep = last_batch == "keep"
+            self._tail = len(tail_sizes(size, batch_size, **spread)) // world_size if keep else 0
 
     @property
     def sampler(self) -> "GlobalBatchSampler":
@@ -68,10 +78,7 @@ class GlobalBatchSampler(Sampler[list[tuple[int, int]]]):
 
     def __len__(self) -> int:
         """Micro-batches of this rank in a full epoch, also when it begins in the middle."""
-        if self.drop_last:
-            steps = full_steps(self.size, self.batch_size, self.world_size, self.accumulate)
-            return steps * self.accumulate
-        return evaluation_steps(self.size, self.batch_size, self.world_size)
+        return self._full + self._tail
 
     def set_epoch(self, epoch: int) -> None:
         """The epoch of the next iterator. Lightning calls this, also after it called iter()."""
@@ -95,10 +102,12 @@ class GlobalBatchSampler(Sampler[list[tuple[int, int]]]):
 
     def _bounds(self, batch: int) -> tuple[int, int]:
         """Where a batch of the job begins and ends in the order."""
-        if self.drop_last:
+        full = self._full * self.world_size
+        if batch < full:
             return batch * self.batch_size, (batch + 1) * self.batch_size
-        batches = len(self) * self.world_size
-        return self.size * batch // batches, self.size * (batch + 1) // batches
+        first = full * self.batch_size
+        bounds = _dealt(self.size - first, self._tail * self.world_size)
+        return first + bounds[batch - full], first + bounds[batch - full + 1]
 
 
 def epoch_order(size: int, seed: int, epoch: int) -> np.ndarray:
@@ -126,12 +135,39 @@ def full_steps(size: int, batch_size: int, world_size: int, accumulate: int) -> 
     return size // global_batch
 
 
-def evaluation_steps(size: int, batch_size: int, world_size: int) -> int:
+def tail_sizes(size: int, batch_size: int, world_size: int, accumulate: int) -> list[int]:
+    """Sizes of the batches, of all ranks, that the last incomplete global batch is dealt out in.
+
+    Empty where there is none. Raises UserError where it has fewer samples than there are ranks.
+    """
+    rest = size % (batch_size * world_size * accumulate)
+    if rest == 0:
+        return []
+    if rest < world_size:
+        raise UserError(
+            f"loader.last_batch=keep: of {size} training images {rest} are left over for the last "
+            f"step, fewer than {world_size} devices; say loader.last_batch=drop, or choose another "
+            "batch.global_size"
+        )
+    bounds = _dealt(rest, _batches_each(rest, batch_size, world_size) * world_size)
+    return [end - begin for begin, end in itertools.pairwise(bounds)]
+
+
+def evaluation_batches(size: int, batch_size: int, world_size: int) -> int:
     """Batches of each rank, all samples dealt out evenly. Raises UserError for too few of them."""
     if size < world_size:
         raise UserError(
             f"{size} validation images are fewer than {world_size} devices: take at least "
             f"{world_size} images, or fewer devices"
         )
+    return _batches_each(size, batch_size, world_size)
+
+
+def _batches_each(size: int, batch_size: int, world_size: int) -> int:
     # at least a sample in each batch; the limit matters for batches of one alone
     return min(-(-size // (batch_size * world_size)), size // world_size)
+
+
+def _dealt(size: int, batches: int) -> list[int]:
+    """Bounds of `batches` slices of `size` samples that differ by at most one."""
+    return [size * batch // batches for batch in range(batches + 1)]

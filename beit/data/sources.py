@@ -75,6 +75,9 @@ class Subset:
     def name(self, index: int) -> str:
         return self.source.name(int(self.indices[index]))
 
+    def identity(self) -> tuple[bytes, ...]:
+        return (np.asarray(self.indices).tobytes(), *getattr(self.source, "identity", tuple)())
+
     def __repr__(self) -> str:
         return f"Subset({len(self)} images of {self.source!r})"
 

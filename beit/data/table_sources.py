@@ -43,7 +43,12 @@ class _Rows:
         return len(self._images)
 
     def load(self, index: int) -> tuple[Image.Image, int | None]:
-        value = self._images[index].as_py()
+        from pyarrow import ArrowException
+
+        try:
+            value = self._images[index].as_py()
+        except (ArrowException, UnicodeDecodeError) as error:
+            raise UnreadableImage(self.name(index), str(error)) from error
         if isinstance(value, dict):
             value = value.get("bytes") or value.get("path")
         if not isinstance(value, bytes | str) or not value:
@@ -91,6 +96,11 @@ class ParquetSource(_Rows):
         columns = [column for column in (image_column, label_column) if column]
         data = _open_parquet(files[split], columns, max_memory_gb * 1e9)
         super().__init__(data, image_column, label_column, f"{path} {split}")
+        sizes = [(file.name, file.stat().st_size) for file in files[split]]
+        self._identity = repr((sizes, columns)).encode()
+
+    def identity(self) -> tuple[bytes, ...]:
+        return (self._identity,)
 
 
 class HubSource(_Rows):
@@ -118,6 +128,10 @@ class HubSource(_Rows):
             message = " ".join(str(error).split())
             raise UserError(f"hub data set {repo} config {config} {split}: {message}") from error
         super().__init__(data, image_column, label_column, f"{repo} {split}")
+        self._identity = repr((repo, config, split, revision, image_column)).encode()
+
+    def identity(self) -> tuple[bytes, ...]:
+        return (self._identity,)
 
 
 def _read_labels(data: "Dataset", column: str) -> tuple[list[str] | None, np.ndarray | None]:
@@ -146,20 +160,24 @@ def _open_parquet(files: list[Path], columns: list[str], max_bytes: float) -> "D
     """These columns, in memory if they fit, else mapped from datasets' own copy."""
     from datasets import Dataset
     from datasets.table import InMemoryTable
-    from pyarrow import ArrowInvalid, parquet
+    from pyarrow import ArrowException, parquet
 
     size = 0
     for file in files:
         try:
             metadata = parquet.read_metadata(file)
-        except ArrowInvalid as error:
+        except (ArrowException, OSError) as error:
             raise UserError(f"{file}: not a parquet file ({error})") from error
         _check_columns(str(file), metadata.schema.to_arrow_schema().names, columns)
         groups = (metadata.row_group(number) for number in range(metadata.num_row_groups))
         size += sum(group.total_byte_size for group in groups)
     if size > max_bytes:
         return Dataset.from_parquet([str(file) for file in files], columns=columns)
-    return Dataset(InMemoryTable(parquet.read_table(files, columns=columns)))
+    try:
+        return Dataset(InMemoryTable(parquet.read_table(files, columns=columns)))
+    except (ArrowException, OSError) as error:
+        names = ", ".join(str(file) for file in files)
+        raise UserError(f"{names}: cannot be read ({' '.join(str(error).split())})") from error
 
 
 def _parquet_files(folder: Path) -> dict[str, list[Path]]:

@@ -5,6 +5,7 @@ Every draw is a function of what is handed in: a `random.Random`, or (seed, epoc
 
 import random
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from PIL import Image
@@ -36,6 +37,8 @@ from beit.data.pixels import (
 from beit.data.randomness import keyed_global_rng
 from beit.errors import UserError
 from beit.sizes import height_width
+
+LONGEST_STRIP = 64  # times its shorter side
 
 
 class TwoViewTransform:
@@ -209,7 +212,8 @@ class EvalTransform:
 
     With crop_pct 1 and at most 32 px a plain resize to the exact size. "auto" is the released
     code's rule: that plain resize up to 32 px, 0.875 below 384 px, 1.0 from there on (timm's 0.9
-    is not what BEiT was measured with).
+    is not what BEiT was measured with). With crop_mode "squash" the sides are resized each by
+    itself, the aspect given up, as transformers' processor does it.
 
     Raises UserError for a share outside (0, 1] and for a normalisation that is none.
     """
@@ -221,10 +225,14 @@ class EvalTransform:
         mean: Sequence[float],
         std: Sequence[float],
         crop_pct: float | str = "auto",
+        crop_mode: Literal["center", "squash"] = "center",
         interpolation: str = "bicubic",
     ) -> None:
         self.image_size = height_width(image_size)
         self.crop_pct = _crop_share(crop_pct, self.image_size)
+        if crop_mode not in ("center", "squash"):
+            raise UserError(f"crop_mode {crop_mode!r} must be 'center' or 'squash'")
+        self.crop_mode = crop_mode
         self.mean, self.std = checked_normalisation(mean, std)
         self.interpolation = interpolation
         self._resample = checked_interpolation(interpolation)
@@ -239,12 +247,14 @@ class EvalTransform:
         return pixels.float().div_(255).sub_(mean[:, None, None]).div_(std[:, None, None])
 
     def _centre(self, image: Image.Image) -> Image.Image:
+        image = _middle(image)
         height, width = self.image_size
         tall, wide = int(height / self.crop_pct), int(width / self.crop_pct)
-        if tall * image.width >= wide * image.height:  # the height is the tighter side
-            wide = max(wide, int(tall * image.width / image.height))
-        else:
-            tall = max(tall, int(wide * image.height / image.width))
+        if self.crop_mode == "center":  # keep the aspect: the tighter side decides
+            if tall * image.width >= wide * image.height:
+                wide = max(wide, int(tall * image.width / image.height))
+            else:
+                tall = max(tall, int(wide * image.height / image.width))
         if image.size != (wide, tall):
             image = image.resize((wide, tall), self._resample)
         top, left = round((tall - height) / 2), round((wide - width) / 2)
@@ -253,8 +263,18 @@ class EvalTransform:
     def __repr__(self) -> str:
         return (
             f"EvalTransform(image={by(self.image_size)} {self.interpolation}, "
-            f"crop_pct={self.crop_pct}, mean={self.mean}, std={self.std})"
+            f"crop_pct={self.crop_pct} {self.crop_mode}, mean={self.mean}, std={self.std})"
         )
+
+
+def _middle(image: Image.Image) -> Image.Image:
+    """The middle of a strip: as a whole it would be resized to gigabytes, nearly all cut off."""
+    longest = LONGEST_STRIP * min(image.size)
+    if max(image.size) <= longest:
+        return image
+    width, height = (min(side, longest) for side in image.size)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
 
 
 class _ExactSize:

@@ -21,15 +21,17 @@ class MeanOverGlobalBatch:
 
     DDP averages gradients over ranks and Lightning divides a loss by the accumulated
     micro-batches; both are means of means, wrong where the parts hold different numbers of terms
-    (masked patches here). Each micro-batch is divided by the job-wide count of the first one of
-    its window, and at the end of the window the gradients are corrected by first / mean count.
-    A limit on the batches may cut the epoch's last window short: it too becomes a plain mean.
+    (masked patches; images of an epoch's incomplete last batch). Each micro-batch is divided by the
+    job-wide count of the first one of its window, and at the end of the window the gradients are
+    corrected by first / mean count. The epoch's last window may be cut short: it too becomes a
+    plain mean.
     """
 
     def __init__(self) -> None:
         self._reference = torch.tensor(0.0)
         self._counts: list[Tensor] = []
         self.mean = torch.tensor(0.0)  # of the last micro-batch: this rank's share of it, to log
+        self.total, self.count = torch.tensor(0.0), 0  # of the last micro-batch, this rank's own
 
     def __call__(
         self, task: L.LightningModule, total: Tensor, count: int, batch_idx: int
@@ -44,18 +46,23 @@ class MeanOverGlobalBatch:
         if batch_idx % task.trainer.accumulate_grad_batches == 0:
             self._reference, self._counts = everywhere, []
         self._counts.append(everywhere)
+        self.total, self.count = total.detach(), count
         scaled = total * task.trainer.world_size
         self.mean = scaled.detach() / everywhere
         return scaled / self._reference
 
+    def gradient_factor(self, accumulate: int) -> Tensor | float:
+        """What `correct_gradients` multiplies the window's gradients by."""
+        if accumulate == 1:
+            return 1.0
+        return self._reference * accumulate / torch.stack(self._counts).sum()
+
     def correct_gradients(self, task: L.LightningModule) -> None:
         """To be called once the window's gradients are complete, before they are clipped."""
-        accumulate = task.trainer.accumulate_grad_batches
-        if accumulate == 1:
-            return
-        factor = self._reference * accumulate / torch.stack(self._counts).sum()
+        factor = self.gradient_factor(task.trainer.accumulate_grad_batches)
         grads = [p.grad for p in task.parameters() if p.grad is not None]
-        torch._foreach_mul_(grads, factor.to(grads[0].dtype))
+        if isinstance(factor, Tensor) and grads:  # there are none in a step that is left out
+            torch._foreach_mul_(grads, factor.to(grads[0].dtype))
 
 
 class TokenHistogram(Metric):
@@ -77,6 +84,17 @@ class TokenHistogram(Metric):
 
     def compute(self) -> Tensor:
         return self.counts
+
+    def over_ranks(self) -> Tensor:
+        """The counts so far of all ranks together, which all must ask for."""
+        return sum_over_ranks(self.counts.clone())
+
+    def go_on_from(self, counts: Tensor, *, rank: int) -> None:
+        """Take up counts of all ranks, on the first one."""
+        self.reset()
+        if rank == 0:
+            self.counts += counts.to(self.counts.device)
+            self._update_count = 1  # else torchmetrics takes it for empty
 
     def commonest_share(self) -> Tensor:
         """Share of the commonest token, in [0, 1]."""

@@ -11,11 +11,15 @@ from torchmetrics.classification import MulticlassAccuracy
 from beit.data.batches import LabelledBatch
 from beit.errors import UserError
 from beit.optim.recipe import AdamWRecipe
+from beit.tasks.accounting import MeanOverGlobalBatch
 from beit.tasks.planning import configure_adamw
 
 
 class Classification(L.LightningModule):
     """Cross-entropy with label smoothing, or with the soft targets that mixing made.
+
+    The loss is the mean over the images of the global batch, however they are spread; the last
+    batch of an epoch may be smaller.
 
     Args:
         backbone: yields features (B, 1+N, D) from images (B, 3, H, W).
@@ -44,6 +48,7 @@ class Classification(L.LightningModule):
         self.head = head
         self.optim = optim
         self.label_smoothing = label_smoothing
+        self.average = MeanOverGlobalBatch()
         self.val_acc1 = MulticlassAccuracy(num_classes, top_k=1, average="micro")
         self.val_acc5 = MulticlassAccuracy(num_classes, top_k=min(5, num_classes), average="micro")
 
@@ -55,14 +60,18 @@ class Classification(L.LightningModule):
         logits = self(batch.images).float()
         soft = batch.targets.ndim == 2
         smoothing = 0.0 if soft else self.label_smoothing
-        loss = F.cross_entropy(logits, batch.targets, label_smoothing=smoothing)
+        total = F.cross_entropy(logits, batch.targets, label_smoothing=smoothing, reduction="sum")
+        loss = self.average(self, total, len(logits), batch_idx)
         labels = batch.targets.argmax(dim=-1) if soft else batch.targets
         with torch.no_grad():
             hits = (logits.argmax(dim=-1) == labels).float().mean()
-        self.log("train/loss", loss, prog_bar=True, sync_dist=True)
+        self.log("train/loss", self.average.mean, prog_bar=True, sync_dist=True)
         # under mixing: agreement with the stronger of the two labels
         self.log("train/acc1", hits, sync_dist=True)
         return loss
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        self.average.correct_gradients(self)
 
     def validation_step(self, batch: LabelledBatch, batch_idx: int) -> None:
         logits = self(batch.images).float()

@@ -17,10 +17,10 @@ from beit.optim.recipe import AdamWRecipe
 def planned_steps(trainer: L.Trainer) -> tuple[int, int]:
     """(optimizer steps of an epoch, of the whole run)."""
     accumulate = trainer.accumulate_grad_batches
-    full = trainer.datamodule.steps_per_epoch(world_size=trainer.world_size, accumulate=accumulate)
+    spread = {"world_size": trainer.world_size, "accumulate": accumulate}
     # Lightning turns a limit that was not given into 1.0, the whole
     return plan(
-        full,
+        trainer.datamodule.micro_batches(**spread),
         accumulate=accumulate,
         limit=trainer.limit_train_batches,
         max_epochs=trainer.max_epochs,
@@ -29,7 +29,7 @@ def planned_steps(trainer: L.Trainer) -> tuple[int, int]:
 
 
 def plan(
-    full_steps: int,
+    micro_batches: int,
     *,
     accumulate: int,
     limit: float | int | None,
@@ -39,12 +39,12 @@ def plan(
     """(optimizer steps of an epoch, of the whole run) of a Trainer with these limits.
 
     Args:
-        full_steps: optimizer steps of an epoch of all the data.
+        micro_batches: training batches of each rank in an epoch of all the data.
         limit: Trainer's `limit_train_batches`: micro-batches, or a share in [0, 1].
         max_epochs, max_steps: -1 is no limit, and max_epochs None neither.
     """
     # Lightning also steps on the last micro-batch of an epoch, though the window be incomplete
-    epoch = math.ceil(limited(full_steps * accumulate, limit) / accumulate)
+    epoch = math.ceil(limited(micro_batches, limit) / accumulate)
     limits = [max_steps] if max_steps > 0 else []
     if max_epochs is not None and max_epochs > 0:
         limits.append(epoch * max_epochs)

@@ -90,6 +90,7 @@ class DiscreteVAETraining(L.LightningModule):
         self.val_mse, self.val_mae = MeanMetric(), MeanMetric()
         self.val_tokens = TokenHistogram(tokenizer.vocab_size)
         self._best_perplexity = 0.0
+        self._revived: int | None = None  # by the latest step, until it is logged
         # of all ranks since the last revival; in the checkpoint, so that a resumed run is the same
         counts = torch.zeros(tokenizer.vocab_size, dtype=torch.int64)
         self.register_buffer("recent_counts", counts)
@@ -107,9 +108,8 @@ class DiscreteVAETraining(L.LightningModule):
         progress = self.global_step / planned_steps(self.trainer)[1]
         temperature, kl_weight = self.temperature_at(progress), self.kl_weight_at(progress)
         images = to_value_range(batch.images, self.tokenizer.value_range)
-        generator = self._generator(
-            "gumbel", batch_idx * self.trainer.world_size + self.global_rank
-        )
+        position = batch_idx * self.trainer.world_size + self.global_rank
+        generator = self._generator("gumbel", position, self.global_step)
         output = self.tokenizer(images, temperature=temperature, generator=generator)
         parts = {"reconstruction": F.mse_loss(output.reconstructions, images)}
         loss = parts["reconstruction"]
@@ -126,22 +126,27 @@ class DiscreteVAETraining(L.LightningModule):
         self.log_dict({"train/temperature": temperature, "train/kl_weight": kl_weight})
         return loss
 
+    def optimizer_step(
+        self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None
+    ) -> None:
+        """The step, and what is due after it: no checkpoint may come between the two."""
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        step = self.global_step + 1  # it is counted once this returns
+        if self.revival and self.revival.is_due(step, planned_steps(self.trainer)[1]):
+            raw: Any = self.optimizers(use_pl_optimizer=False)
+            self._revived = self.revival(
+                self.tokenizer,
+                self.recent_counts,
+                centres=self._centres(),
+                state=raw.state,
+                generator=self._generator("revival", 0, step),  # the same on all ranks
+            )
+            self.recent_counts.zero_()
+
     def on_train_batch_end(self, outputs: Any, batch: PixelBatch, batch_idx: int) -> None:
-        full = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0
-        stepped = full or self.trainer.is_last_batch  # a limit may cut the last window short
-        total_steps = planned_steps(self.trainer)[1]
-        if not (self.revival and stepped and self.revival.is_due(self.global_step, total_steps)):
-            return
-        optimizer: Any = self.optimizers(use_pl_optimizer=False)
-        revived = self.revival(
-            self.tokenizer,
-            self.recent_counts,
-            centres=self._centres(),
-            state=optimizer.state,
-            generator=self._generator("revival", 0),  # the same on all ranks
-        )
-        self.recent_counts.zero_()
-        self.log("train/revived_codes", float(revived))
+        if self._revived is not None:
+            self.log("train/revived_codes", float(self._revived))
+            self._revived = None
 
     def validation_step(self, batch: PixelBatch, batch_idx: int) -> None:
         images = batch.images
@@ -167,8 +172,8 @@ class DiscreteVAETraining(L.LightningModule):
     def configure_optimizers(self) -> Any:
         return configure_adamw(self, self.optim, tokenizer=self.tokenizer)
 
-    def _generator(self, stream: str, index: int) -> Generator:
-        key = sample_key(self.seed, self.global_step, index, stream)
+    def _generator(self, stream: str, index: int, step: int) -> Generator:
+        key = sample_key(self.seed, step, index, stream)
         return Generator(self.device).manual_seed(key & 0x7FFFFFFFFFFFFFFF)
 
     def _count(self, output: DVAEOutput) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from beit.checkpoints.plugin import CheckpointFiles
 from beit.data.batches import MIMBatch
 
 H, W, PATCH, GRID, VOCAB, BATCH = 24, 40, 8, (3, 5), 13, 7
@@ -124,6 +125,7 @@ def fit(tmp_path):
                 "use_distributed_sampler": False,
                 "log_every_n_steps": 1,
                 "callbacks": list(callbacks),
+                "plugins": [CheckpointFiles()],
                 **arguments,
             }
         )

@@ -10,6 +10,8 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import get_class, instantiate
 from omegaconf import OmegaConf
 
+from beit.checkpoints.file import read_file
+
 CONFIGS = Path(__file__).parents[2] / "configs"
 
 
@@ -50,7 +52,7 @@ def test_trainer(name, tmp_path):
         ("csv", ["MetricsFile"]),
         ("tensorboard", ["TensorBoardLogger"]),
         ("default", ["MetricsFile", "TensorBoardLogger"]),
-        ("wandb", ["MetricsFile", "WandbLogger"]),
+        ("wandb", ["MetricsFile", "BoundedWandbLogger"]),
         ("none", []),
     ],
 )
@@ -81,12 +83,8 @@ def test_checkpoints_and_resume(tmp_path, fit, kit):
     """Newest and best are kept; a resumed run ends where an uninterrupted one does."""
 
     def nodes(folder):
-        both = {
-            **build("callbacks", "last_checkpoint", folder),
-            **build("callbacks", "best_checkpoint", folder),
-        }
-        both["best_checkpoint"].update(monitor="val/loss", mode="min")
-        return [instantiate(node) for node in both.values()]
+        node = build("callbacks", "checkpoints", folder)["checkpoints"]
+        return [instantiate(node, best_by="val/loss", best_mode="min", keep=1)]
 
     def csv(folder):
         return [instantiate(node) for node in build("logger", "csv", folder).values()]
@@ -109,27 +107,26 @@ def test_checkpoints_and_resume(tmp_path, fit, kit):
     )
     folder = tmp_path / "b" / "checkpoints"
     assert sorted(p.name for p in folder.iterdir()) == [
-        "best.ckpt",
-        "epoch0000-step0000004.ckpt",
-        "last.ckpt",
+        "best.safetensors",
+        "epoch0000-step0000004.safetensors",
+        "last.safetensors",
     ]
     resumed, _ = fit(
         task=NoDropout(),
         callbacks=nodes(tmp_path / "b"),
         logger=csv(tmp_path / "b"),
         max_epochs=3,
-        resume=folder / "last.ckpt",
+        resume=folder / "last.safetensors",
     )
     assert sorted(p.name for p in folder.iterdir()) == [
-        "best.ckpt",
-        "epoch0002-step0000012.ckpt",
-        "last.ckpt",
+        "best.safetensors",
+        "epoch0002-step0000012.safetensors",
+        "last.safetensors",
     ]
-    assert (folder / "last.ckpt").resolve().name == "epoch0002-step0000012.ckpt"
-    # the score of the best, as of the newest epoch, went into last.ckpt
-    states = torch.load(folder / "last.ckpt", weights_only=True)["callbacks"]
-    best = next(s for key, s in states.items() if "val/loss" in key)
-    assert best["best_model_score"] == 1.5 / 3
+    assert (folder / "last.safetensors").resolve().name == "epoch0002-step0000012.safetensors"
+    # the score of the best, as of the newest epoch, went into it
+    state = read_file(folder / "last.safetensors")["callbacks"]["CheckpointKeeper"]
+    assert state == {"best_score": 1.5 / 3, "best_step": 12}
     assert whole.net.weight.equal(resumed.net.weight)
     lines = (tmp_path / "b" / "metrics.csv").read_text().splitlines()
     assert [line.split(",")[0] for line in lines[1:]] == [

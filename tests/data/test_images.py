@@ -1,10 +1,17 @@
+import contextlib
+import errno
 import io
+import os
 import pickle
+import struct
+import warnings
+import zlib
 
 import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
+from beit.data import images, opening
 from beit.data.images import UnreadableImage, open_rgb, to_rgb
 
 
@@ -102,8 +109,8 @@ def test_broken_files_are_named(what, data):
 def test_missing_file_and_bomb(tmp_path, monkeypatch):
     with pytest.raises(UnreadableImage, match="No such file"):
         open_rgb(tmp_path / "none.jpg", "none.jpg")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    with pytest.raises(UnreadableImage, match="exceeds limit"):
+    monkeypatch.setattr(opening, "MAX_PIXELS", 100)
+    with pytest.raises(UnreadableImage, match="40x40 pixels exceed the limit of 100"):
         open_rgb(encoded(picture(40, 40), "PNG"), "bomb.png")
 
 
@@ -111,3 +118,103 @@ def test_unreadable_image_survives_pickling():
     error = pickle.loads(pickle.dumps(UnreadableImage("a.jpg", "truncated")))
     assert str(error) == "a.jpg: truncated"
     assert (error.name, error.reason) == ("a.jpg", "truncated")
+
+
+def claiming(width, height):
+    """A grey PNG whose header says so, and nothing else."""
+
+    def chunk(kind, content):
+        whole = kind + content
+        return struct.pack(">I", len(content)) + whole + struct.pack(">I", zlib.crc32(whole))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    parts = (chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(b"")), chunk(b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+@pytest.mark.parametrize(
+    ("size", "match"),
+    [
+        ((12_000, 11_000), r"12000x11000 pixels exceed the limit of 128,000,000"),
+        ((10_000, 10_000), r"10000x10000 pixels in \d+ bytes: a decompression bomb"),
+        ((65_536, 2), r"65536x2 pixels, a side exceeds the limit of 65,535"),
+        ((2, 65_536), r"a side exceeds"),
+    ],
+)
+def test_bombs_are_refused_by_their_header(size, match, monkeypatch):
+    monkeypatch.setattr(images, "decode", lambda image: pytest.fail("its pixels were asked for"))
+    with pytest.raises(UnreadableImage, match=match):
+        open_rgb(claiming(*size), "bomb.png")
+
+
+def test_a_photograph_of_a_medium_format_camera_passes_the_header():
+    data = claiming(11_648, 8736)  # 102 million pixels
+    header = opening.open_header(data + bytes(1_000_000))
+    assert header.size == (11_648, 8736)
+
+
+def test_the_host_programs_limit_is_neither_used_nor_changed(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert open_rgb(encoded(picture(40, 40), "PNG"), "x").size == (40, 40)
+    assert Image.MAX_IMAGE_PIXELS == 10
+
+
+def test_a_jpeg_of_endless_scans():
+    data = encoded(picture(40, 40).convert("L"), "JPEG", progressive=True)
+    last, end = data.rfind(b"\xff\xda"), data.rfind(b"\xff\xd9")
+    scans = data.count(b"\xff\xda")
+
+    def repeated(times):
+        return data[:end] + data[last:end] * times + b"\xff\xd9"
+
+    assert open_rgb(repeated(opening.MAX_SCANS - scans), "x").size == (40, 40)
+    with pytest.raises(UnreadableImage, match=r"101 scans, more than 100: a decompression bomb"):
+        open_rgb(repeated(opening.MAX_SCANS - scans + 1), "x")
+
+
+def test_what_is_no_file_is_refused_unopened(tmp_path):
+    (tmp_path / "folder.jpg").mkdir()
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "device.jpg").symlink_to("/dev/zero")
+    (tmp_path / "loop.jpg").symlink_to("loop.jpg")
+    with (tmp_path / "sparse.jpg").open("wb") as file:
+        file.truncate(2**40)
+    said = {
+        "folder": "a folder, not a file", "pipe": "a named pipe, not a file",
+        "device": "a device, not a file", "loop": "Too many levels of symbolic links",
+        "sparse": r"1,099,511,627,776 bytes, more than 536,870,912",
+    }  # fmt: skip
+    for name, why in said.items():
+        with pytest.raises(UnreadableImage, match=why):
+            open_rgb(tmp_path / f"{name}.jpg", name)
+
+
+def test_a_machine_that_is_short_of_something_is_not_the_images_fault(monkeypatch, tmp_path):
+    def short(*_):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    path = tmp_path / "a.png"
+    path.touch()
+    monkeypatch.setattr(os, "open", short)
+    with pytest.raises(OSError, match="Too many open files"):
+        open_rgb(path, "a.png")
+
+
+def test_names_and_reasons_cannot_write_to_the_terminal():
+    with pytest.raises(UnreadableImage) as raised:
+        open_rgb(b"", "cats/\x1b[2J\nroot: \udcff.jpg")
+    assert str(raised.value).startswith(r"cats/\x1b[2J\nroot: \udcff.jpg: no image of")
+
+
+def test_a_broken_fax_is_silent(capfd):
+    page = Image.fromarray(np.tril(np.full((64, 64), 255, dtype=np.uint8))).convert("1")
+    data = bytearray(encoded(page, "TIFF", compression="group4"))
+    with Image.open(io.BytesIO(data)) as image:
+        begin = image.tag_v2[273][0]  # of the strip
+    data[begin : begin + 8] = bytes.fromhex("0123456789abcdef")
+    with contextlib.suppress(UnreadableImage):
+        open_rgb(bytes(data), "fax.tif")
+    os.write(2, b"still heard")
+    assert capfd.readouterr().err == "still heard"

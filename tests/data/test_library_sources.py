@@ -163,3 +163,10 @@ def test_torchvision_fake_data_runs_through():
     assert (image.mode, image.size) == ("RGB", (8, 8))
     assert label == source.labels[1]
     assert len(source.classes) <= 4
+
+
+@pytest.mark.parametrize("name", ["LSUN", "LSUNClass"])
+def test_a_data_set_that_unpickles_is_refused(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=rf"'{name}' keeps a pickle"):
+        TorchvisionSource(name, tmp_path)

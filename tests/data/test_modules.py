@@ -400,3 +400,36 @@ def test_normalisations_are_checked(change, message):
     for transform in (TrainTransform, EvalTransform):
         with pytest.raises(UserError, match=message):
             transform(**({"image_size": 24, "mean": MEAN, "std": STD} | change))
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({}, "30 training images, 4 steps of 7 an epoch; the last 2 of its order are left out"),
+        ({"last_batch": "keep"}, "4 steps of 7 an epoch; a last step sees the remaining 2"),
+    ],
+)
+def test_the_last_batch_is_told_and_planned(tmp_path, caplog, changes, line):
+    caplog.set_level("INFO", logger="beit")
+    data = pretraining(loader=settings(**changes))
+    task = fit(data, tmp_path)
+    assert line in caplog.text
+    kept = "last_batch" in changes
+    assert data.steps_per_epoch(world_size=1, accumulate=1) == 4 + kept
+    sizes = [len(batch.indices) for batch in task.train_batches]
+    assert sizes[: 4 + kept] == [7, 7, 7, 7, *([2] if kept else [])]
+
+
+def test_where_a_last_batch_cannot_be_kept():
+    keep = settings(last_batch="keep", global_batch_size=8, batch_size_per_device=8)
+    views = PixelTransform(image_size=(12, 20))
+    with pytest.raises(UserError, match="balance of its codes"):
+        TokenizerData(Pictures(30), None, views=views, loader=keep).check(
+            world_size=1, accumulate=1
+        )
+    mixed = {"mixing": Mixup(num_classes=3), "loader": keep}
+    classification(Pictures(30), **mixed).check(world_size=1, accumulate=1)  # 6 are left over
+    with pytest.raises(UserError, match=r"batches of 7 to 7.*mixing needs an even number"):
+        classification(Pictures(31), **mixed).check(world_size=1, accumulate=1)
+    with pytest.raises(UserError, match=r"last_batch.*'all'.*drop or keep"):
+        settings(last_batch="all")

@@ -1,13 +1,13 @@
 import pytest
 
-from beit.data.sampler import GlobalBatchSampler, epoch_order
+from beit.data.sampler import GlobalBatchSampler, epoch_order, tail_sizes
 from beit.errors import UserError
 
 
 def sampler(size=101, **changes):
     options = {
         "batch_size": 4, "rank": 0, "world_size": 1, "accumulate": 3, "seed": 5,
-        "shuffle": True, "drop_last": True,
+        "shuffle": True, "last_batch": "drop",
     }  # fmt: skip
     return GlobalBatchSampler(size, **(options | changes))
 
@@ -62,6 +62,45 @@ def test_training_drops_only_the_last_incomplete_global_batch():
     assert len(set(seen)) == len(seen) == 96
 
 
+@pytest.mark.parametrize(
+    ("batch_size", "world_size", "accumulate"),
+    [(12, 1, 1), (4, 3, 1), (4, 1, 3), (2, 3, 2), (1, 2, 6)],
+)
+def test_a_kept_last_batch_is_dealt_out_once(batch_size, world_size, accumulate):
+    # 101 = 8 steps of 12 and 5 left over
+    spread = {"batch_size": batch_size, "world_size": world_size, "accumulate": accumulate}
+    ranks = [sampler(rank=rank, last_batch="keep", **spread) for rank in range(world_size)]
+    dropping = sampler(**spread)
+    for rank in [*ranks, dropping]:
+        rank.set_epoch(3)
+    lists = [list(rank) for rank in ranks]
+    assert {len(batches) for batches in lists} == {len(ranks[0])}
+    assert ranks[0].steps_per_epoch == 9
+    assert lists[0][: 8 * accumulate] == list(dropping)
+    assert sorted(index for batches in lists for index in indices(batches)) == list(range(101))
+    tails = [batches[8 * accumulate :] for batches in lists]
+    assert sorted(index for batches in tails for index in indices(batches)) == sorted(
+        epoch_order(101, 5, 3)[96:].tolist()
+    )
+    sizes = [len(batch) for batches in tails for batch in batches]
+    assert 1 <= len(tails[0]) <= accumulate
+    assert max(sizes) - min(sizes) <= 1
+    assert 1 <= min(sizes) <= max(sizes) <= max(2, batch_size)
+    assert tail_sizes(101, batch_size, world_size, accumulate) == [
+        len(tails[rank][i]) for i in range(len(tails[0])) for rank in range(world_size)
+    ]
+
+
+def test_nothing_left_over_needs_no_last_step():
+    assert list(sampler(96, last_batch="keep")) == list(sampler(96))
+    assert tail_sizes(96, 4, 1, 3) == []
+
+
+def test_fewer_left_over_than_ranks_are_refused():
+    with pytest.raises(UserError, match=r"101 training images 5 are left over.*6 devices"):
+        sampler(batch_size=2, world_size=6, accumulate=1, last_batch="keep")
+
+
 def test_order_is_a_permutation_that_depends_on_seed_and_epoch():
     assert sorted(epoch_order(101, 5, 2).tolist()) == list(range(101))
     orders = {tuple(epoch_order(101, s, e)) for s in (5, 6) for e in (0, 1)}
@@ -98,7 +137,7 @@ def test_an_iterator_keeps_its_epoch():
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5])
 def test_evaluation_sees_each_index_once_in_order(world_size):
-    options = {"shuffle": False, "drop_last": False, "accumulate": 1, "world_size": world_size}
+    options = {"shuffle": False, "last_batch": "even", "accumulate": 1, "world_size": world_size}
     seen = []
     for rank in range(world_size):
         own = sampler(size=17, rank=rank, **options)
@@ -118,7 +157,7 @@ def test_evaluation_sees_each_index_once_in_order(world_size):
 )
 def test_evaluation_gives_every_rank_as_many_batches(size, batch_size, world_size):
     # without a batch Lightning fails, with fewer than the others DDP's exchange of buffers hangs
-    options = {"shuffle": False, "drop_last": False, "accumulate": 1, "world_size": world_size}
+    options = {"shuffle": False, "last_batch": "even", "accumulate": 1, "world_size": world_size}
     ranks = [
         list(sampler(size, batch_size=batch_size, rank=rank, **options))
         for rank in range(world_size)
@@ -132,7 +171,7 @@ def test_evaluation_gives_every_rank_as_many_batches(size, batch_size, world_siz
 
 def test_fewer_validation_images_than_ranks_are_refused():
     with pytest.raises(UserError, match=r"^3 validation images.*4 devices"):
-        sampler(3, shuffle=False, drop_last=False, accumulate=1, world_size=4)
+        sampler(3, shuffle=False, last_batch="even", accumulate=1, world_size=4)
 
 
 def test_fewer_samples_than_a_global_batch_are_refused_with_the_numbers():

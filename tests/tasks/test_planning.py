@@ -6,20 +6,21 @@ from beit.tasks.planning import plan
 
 
 @pytest.mark.parametrize(
-    ("full", "accumulate", "limit", "max_epochs", "max_steps", "expected"),
+    ("batches", "accumulate", "limit", "max_epochs", "max_steps", "expected"),
     [
         (10, 1, None, 3, -1, (10, 30)),
         (10, 1, 1.0, 3, -1, (10, 30)),
         (10, 1, 0.5, 3, -1, (5, 15)),
-        (10, 2, 7, 3, -1, (4, 12)),
-        (10, 2, 100, 3, -1, (10, 30)),
+        (20, 2, 7, 3, -1, (4, 12)),
+        (20, 2, 100, 3, -1, (10, 30)),
+        (21, 2, None, 3, -1, (11, 33)),
         (10, 1, None, 3, 12, (10, 12)),
         (10, 1, None, -1, 12, (10, 12)),
         (10, 1, None, None, 12, (10, 12)),
     ],
 )
 def test_plan_by_hand(
-    full: int,
+    batches: int,
     accumulate: int,
     limit: float | int | None,
     max_epochs: int | None,
@@ -27,6 +28,6 @@ def test_plan_by_hand(
     expected: tuple[int, int],
 ) -> None:
     found = plan(
-        full, accumulate=accumulate, limit=limit, max_epochs=max_epochs, max_steps=max_steps
+        batches, accumulate=accumulate, limit=limit, max_epochs=max_epochs, max_steps=max_steps
     )
     assert found == expected

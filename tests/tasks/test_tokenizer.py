@@ -31,8 +31,8 @@ class Colours(Dataset):
 
 
 class Data(L.LightningDataModule):
-    def steps_per_epoch(self, *, world_size, accumulate):
-        return 3 // accumulate
+    def micro_batches(self, *, world_size, accumulate):
+        return 3 // accumulate * accumulate
 
     def train_dataloader(self):
         return DataLoader(Colours(), batch_size=7)
@@ -131,9 +131,12 @@ def test_noise_depends_on_seed_step_micro_batch_and_rank_alone(tmp_path):
         results.append(module.tokenizer.codebook.detach())
     assert torch.equal(results[0], results[1])
     assert not torch.equal(results[0], results[2])
-    draws = [torch.rand(3, generator=module._generator("gumbel", i)) for i in (0, 0, 1)]
-    assert torch.equal(draws[0], draws[1])
-    assert not torch.equal(draws[0], draws[2])
+    places = ((0, 7), (0, 7), (1, 7), (0, 8))
+    same, again, *others = (
+        torch.rand(3, generator=module._generator("gumbel", *place)) for place in places
+    )
+    assert torch.equal(same, again)
+    assert not any(torch.equal(same, other) for other in others)
 
 
 @pytest.mark.parametrize(("accumulate", "expected"), [(1, 7 * 15 * 2), (3, 7 * 15 * 6)])
@@ -150,6 +153,23 @@ def test_usage_is_counted_between_optimizer_steps_that_revive(tmp_path, accumula
     fit(tmp_path, module, max_epochs=4, accumulate_grad_batches=accumulate)
     assert seen == [expected] * (12 // accumulate // 2)
     assert module.recent_counts.sum() == 0
+
+
+def test_codes_revive_before_a_checkpoint_can_be_taken(tmp_path):
+    saved, begun = [], []
+
+    class Watch(L.Callback):
+        def on_train_batch_end(self, trainer, module, *_):  # where checkpoints are taken
+            saved.append({k: v.clone() for k, v in module.state_dict().items()})
+
+        def on_train_batch_start(self, trainer, module, *_):
+            begun.append({k: v.clone() for k, v in module.state_dict().items()})
+
+    module = collapsed(revival=REVIVAL)
+    fit(tmp_path, module, callbacks=[Watch()])
+    assert len(saved) == 6
+    for before, after in zip(saved, begun[1:]):
+        assert all(torch.equal(before[key], after[key]) for key in before)
 
 
 def collapsed(**changes):
