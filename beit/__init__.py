@@ -3,10 +3,11 @@
 The Python face is one line per verb, and each line takes the words of the command line::
 
     beit.train("experiment=demo/pretrain", "seed=1")
-    beit.evaluate("runs/demo/finetune/checkpoints/last.ckpt")
-    beit.predict("runs/demo/finetune/checkpoints/last.ckpt", "photos/", top_k=3)
-    model = beit.load_model("runs/demo/finetune/checkpoints/last.ckpt")
+    beit.evaluate("runs/demo/finetune/checkpoints/last.safetensors")
+    beit.predict("runs/demo/finetune/checkpoints/last.safetensors", "photos/", top_k=3)
+    model = beit.load_model("runs/demo/finetune/checkpoints/last.safetensors")
     model = beit.create_model("base", image_size=384)
+    beit.convert("beit_base_patch16_224_pt22k.pth", "huggingface", "beit-base")
 
 Importing the package loads nothing heavy: torch and lightning come with the first call.
 """
@@ -15,13 +16,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from beit.face import create_model, evaluate, load_model, predict, train
+    from beit.face import convert, create_model, evaluate, load_model, predict, train
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "create_model", "evaluate", "load_model", "predict", "train"]
+__all__ = ["__version__", "convert", "create_model", "evaluate", "load_model", "predict", "train"]
 
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
+        import_module("beit.security.telemetry").switch_off()  # the libraries read it as they start
         return getattr(import_module("beit.face"), name)
     raise AttributeError(f"module 'beit' has no attribute {name!r}")

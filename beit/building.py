@@ -5,9 +5,8 @@ built. What only the constructor finds out is told with the key that the user wo
 """
 
 import inspect
-import pydoc
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import hydra.utils
@@ -17,17 +16,7 @@ from omegaconf import OmegaConf
 from beit.annotations import accepts, annotations, expectation, literals
 from beit.errors import UserError
 from beit.nearest import did_you_mean
-
-# what a `_target_` may name: a config file must not be able to call whatever it likes
-ALLOWED_TARGETS = (
-    "beit.",
-    "datetime.timedelta",
-    "torch.",
-    "torchvision.",
-    "torchmetrics.",
-    "lightning.",
-    "timm.",
-)
+from beit.security import targets
 
 Place = tuple[str | int, ...]  # keys and indices that lead from a node to a value below it
 
@@ -39,10 +28,10 @@ def instantiate(node: Any, **extra: Any) -> Any:
     goes wrong in the program itself is raised as it is.
     """
     if isinstance(node, dict):
+        _check_resolved(node)  # out of a checkpoint, say: nothing in it is looked up
         node = OmegaConf.create(node)
-    content = node
-    if OmegaConf.is_config(node):  # Hydra itself cannot resolve an interpolation into a list
-        content = OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
+    # Hydra itself cannot resolve an interpolation into a list
+    content: Any = OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
     _check_resolved(content)
     check_arguments(content, lambda place: located(node, place), extra=tuple(extra))
     check_values(content, lambda place: located(node, place))
@@ -66,8 +55,9 @@ def check_arguments(
         where: the key of what stands at a place, as the user knows it.
         extra: arguments that the root's constructor gets besides.
     """
-    for place, node in _targets(content):
-        known = _parameters(_located_target(node["_target_"], where((*place, "_target_"))))
+    targets.check_nodes(content, where)  # all of them before the first is imported
+    for place, node in targets.nodes(content):
+        known = _parameters(targets.resolve(node["_target_"], where((*place, "_target_"))))
         given = [key for key in node if not key.startswith("_")]
         for name in given if place else [*given, *extra]:
             if known is not None and name not in known:
@@ -78,9 +68,8 @@ def check_arguments(
 
 def check_values(content: Any, where: Callable[[Place], str]) -> None:
     """Raises UserError for a value that is not of the type its constructor declares."""
-    for place, node in _targets(content):
-        target = pydoc.locate(node["_target_"])
-        assert callable(target), "check_arguments comes first"
+    for place, node in targets.nodes(content):
+        target = targets.resolve(node["_target_"])
         declared, parameters = annotations(target), _parameters(target) or {}
         for name, value in node.items():
             if name not in declared or name not in parameters:
@@ -119,18 +108,6 @@ def shown(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _targets(content: Any, place: Place = ()) -> Iterator[tuple[Place, dict[str, Any]]]:
-    """Every dict with a `_target_`, from the outside in."""
-    if isinstance(content, dict):
-        if "_target_" in content:
-            yield place, content
-        for key, value in content.items():
-            yield from _targets(value, (*place, key))
-    elif isinstance(content, list):
-        for index, value in enumerate(content):
-            yield from _targets(value, (*place, index))
-
-
 def _check_resolved(content: Any) -> None:
     """An escaped interpolation is refused: Hydra would resolve it after the checks."""
     if isinstance(content, str) and "${" in content:
@@ -139,32 +116,6 @@ def _check_resolved(content: Any) -> None:
         content = list(content.values())
     for value in content if isinstance(content, list) else ():
         _check_resolved(value)
-
-
-def _located_target(target: Any, key: str) -> Callable[..., Any]:
-    if not isinstance(target, str) or not target.startswith(ALLOWED_TARGETS):
-        raise _not_allowed(target)
-    try:
-        found = pydoc.locate(target)
-    except pydoc.ErrorDuringImport as error:
-        raise UserError(f"{key}={target} cannot be imported: {error.value}") from error
-    if found is None:
-        raise UserError(f"{key}={target}: there is no such class or function")
-    # by where it is defined, not only by its name: beit.cli.os.system is another's function
-    home = f"{getattr(found, '__module__', '')}.{getattr(found, '__qualname__', '')}"
-    # functions of other packages do more than build: torch.hub.load runs what it downloads
-    if not callable(found) or not home.startswith(
-        ALLOWED_TARGETS if isinstance(found, type) else "beit."
-    ):
-        raise _not_allowed(target)
-    return found
-
-
-def _not_allowed(target: Any) -> UserError:
-    return UserError(
-        f"_target_: {target} is not allowed: a config may name only functions "
-        f"of beit, and classes of {', '.join(prefix + '*' for prefix in ALLOWED_TARGETS)}"
-    )
 
 
 def _parameters(target: Callable[..., Any]) -> dict[str, inspect.Parameter] | None:

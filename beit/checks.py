@@ -17,7 +17,10 @@ GROUPS = {
     "normalize": ("mean", "std"),
     "views": ("train", "eval"),
 }
-OBJECTS = ("task", "datamodule", "trainer", "loader", "model", "tokenizer", "masking", "optim")
+OBJECTS = (
+    *("task", "datamodule", "trainer", "job", "loader"),
+    *("model", "tokenizer", "masking", "optim"),
+)
 OBJECTS_BELOW = {"data": ("train", "val"), "views": ("train", "eval")}
 COLLECTIONS = ("callbacks", "logger")  # objects under names of the user's choice
 

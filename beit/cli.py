@@ -3,10 +3,12 @@
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TextIO
 
 from beit import __version__
 from beit.errors import UserError
+from beit.job import exits
 
 _HELP = f"""beit {__version__}: BERT pre-training of image Transformers
 
@@ -18,15 +20,18 @@ usage: beit VERB [KEY=VALUE ...]
                  batch.global_size=1024 batch.per_device=64 trainer.max_epochs=100
                beit train experiment=demo/finetune seed=0,1,2 -m          (a sweep)
   evaluate   validate the weights of a checkpoint
-               beit evaluate checkpoint=runs/x/checkpoints/last.ckpt [KEY=VALUE of its config]
+               beit evaluate checkpoint=runs/x/checkpoints/last.safetensors [KEY=VALUE ...]
   predict    classify image files or a folder, as JSON lines
-               beit predict checkpoint=runs/x/checkpoints/last.ckpt images=photos top_k=5
+               beit predict checkpoint=runs/x/checkpoints/last.safetensors images=photos top_k=5
+  convert    weights from and to the official release (unilm), timm and Hugging Face
+               beit convert source=beit_base_patch16_224_pt22k.pth to=huggingface output=beit-base
 
   beit VERB --help    what a verb takes; beit train --help lists the groups and recipes
   beit --version
 
 resume=auto or a path goes on with the same run; init_from=path starts a new run from its weights.
-exit codes: 0 done, 1 a fault of the program, 2 a mistake in the input (one line says which)
+exit codes:
+{exits.table()}
 """
 
 
@@ -42,27 +47,55 @@ def main() -> int:
     verb, rest = arguments[0], arguments[1:]
     if verb not in _VERBS:
         return _refuse(UserError(f"unknown verb {verb!r}: expected one of {', '.join(_VERBS)}"))
+    from beit.security import secrets, targets, telemetry
+
+    telemetry.switch_off()
+    secrets.redact_tracebacks()
     try:
-        return _VERBS[verb](rest)
+        with targets.trusting(rest) as words:
+            return _VERBS[verb](words)
     except UserError as error:
         return _refuse(error)
+    except exits.RunEnd as end:
+        return _ended(end)
     except KeyboardInterrupt:
         print("beit: interrupted", file=sys.stderr)
-        return 130
+        return int(exits.Exit.SIGINT)
 
 
-def _refuse(error: Exception, member: str = "") -> int:
-    where = f"{member}: " if member else ""
-    print(f"beit: error: {where}{' '.join(str(error).split())}", file=sys.stderr)
-    return 2
+def _ended(end: exits.RunEnd) -> int:
+    """A run that ended before its end: one line, unless the run's log has it, and its code."""
+    from beit.security.secrets import redacted
+
+    if not end.told:
+        print(f"beit: {redacted(' '.join(str(end).split()))}", file=sys.stderr)
+    return int(end.code)
+
+
+def _refuse(error: Exception) -> int:
+    from beit.security.secrets import redacted
+
+    print(f"beit: error: {redacted(' '.join(str(error).split()))}", file=sys.stderr)
+    return int(exits.Exit.MISTAKE)
 
 
 def train(arguments: list[str]) -> int:
     """Compose a config with Hydra and run it; -m runs a sweep, one member after the other."""
+    from beit.job import processes, signals
+
+    processes.end_with_parent_if_told()
+    if {"-m", "--multirun"} & set(arguments):  # a sweep asks its members to stop
+        return _train(arguments)
+    with signals.handled(ends_process=True):
+        return _train(arguments)
+
+
+def _train(arguments: list[str]) -> int:
     import hydra
+    from hydra.core.hydra_config import HydraConfig
     from omegaconf import DictConfig
 
-    from beit import config
+    from beit import config, sweep
     from beit.console import log_to_console
     from beit.explain import explained, train_help
 
@@ -71,7 +104,8 @@ def train(arguments: list[str]) -> int:
         return 0
 
     words, flags = _split_flags(arguments)
-    if not {"-m", "--multirun"} & set(flags):
+    members = sweep.Sweep(flags) if {"-m", "--multirun"} & set(flags) else None
+    if members is None and not sweep.is_member():
         config.refuse_sweep(words)
     config.register()
     log_to_console()
@@ -79,10 +113,13 @@ def train(arguments: list[str]) -> int:
     typed = sys.argv
 
     def run(cfg: DictConfig) -> float | None:
+        if members is not None:
+            member = HydraConfig.get()
+            folder = Path(member.runtime.output_dir)
+            return members.run(folder, member.job.num, list(member.overrides.task))
         sys.argv = typed  # Lightning starts the other ranks with these words
-        code, metrics = _run_member(cfg, flags)
-        codes.append(code)
-        return metrics.get("val/loss")
+        codes.append(_run(cfg))
+        return None
 
     # let Hydra raise what it would otherwise print and turn into exit code 1
     os.environ["HYDRA_FULL_ERROR"] = "1"
@@ -90,39 +127,32 @@ def train(arguments: list[str]) -> int:
     command = hydra.main(
         version_base="1.3", config_path=str(config.config_dir()), config_name="train"
     )(run)
-    with explained(words):
-        command()
-    return 1 if 1 in codes else max(codes, default=0)
+    with explained(words), config.vetted():
+        if members is None:
+            command()
+            return exits.of_all(codes)
+        with members.stoppable():
+            command()
+    if members.members:
+        print(members.table(), file=sys.stderr)
+    return members.code()
 
 
-def _run_member(cfg: Any, flags: list[str]) -> tuple[int, dict[str, float]]:
-    """One run, or one member of a sweep: what goes wrong in it is reported, the others go on."""
-    import logging
-
-    from hydra.core.hydra_config import HydraConfig
-    from hydra.types import RunMode
-
-    from beit import runner
+def _run(cfg: Any) -> int:
+    """One run, which may be the member of a sweep. Returns the exit code."""
+    from beit import run_folder, runner, sweep
     from beit.explain import explained
 
-    hydra = HydraConfig.get()
-    member = ""
-    if hydra.mode == RunMode.MULTIRUN:
-        member = " ".join(hydra.overrides.task)
-        cfg.paths.output_dir = hydra.runtime.output_dir
-        folder = f"paths.output_dir={cfg.paths.output_dir}"
-        alone = [flag for flag in flags if flag not in ("-m", "--multirun")]
-        sys.argv = [sys.argv[0], "train", *hydra.overrides.task, folder, *alone]
     try:
         with explained([]):
-            return 0, runner.fit(cfg)
+            metrics = runner.fit(cfg)
     except UserError as error:
-        return _refuse(error, member), {}
-    except Exception:
-        if not member:
-            raise
-        logging.getLogger("beit").exception("beit: failed: %s", member)
-        return 1, {}
+        return _refuse(error)
+    except exits.RunEnd as end:
+        return _ended(end)
+    if run_folder.is_first_process():
+        sweep.write_result(metrics)
+    return int(exits.Exit.DONE)
 
 
 # Hydra's own that make sense here, and whether a value follows
@@ -156,7 +186,11 @@ def _split_flags(arguments: list[str]) -> tuple[list[str], list[str]]:
             flags.append(name)
         else:
             value = value if equals else next(waiting, "")
-            if not value or (name in ("--cfg", "-c") and value not in ("job", "hydra", "all")):
+            if (
+                not value
+                or value.startswith("-")
+                or (name in ("--cfg", "-c") and value not in ("job", "hydra", "all"))
+            ):
                 expected = "job, hydra or all" if name in ("--cfg", "-c") else "a value after it"
                 raise UserError(f"{name} {value}".rstrip() + f": expected {expected}")
             flags += [name, value]
@@ -205,6 +239,61 @@ def predict(arguments: list[str]) -> int:
         for line in lines:
             print(json.dumps(line), file=sink)
     return 0
+
+
+def convert(arguments: list[str]) -> int:
+    """Write weights in another layout, and print the table of what became of them."""
+    usage = (
+        "source=FILE_OR_FOLDER to=ours|timm|huggingface|unilm output=PATH [allow=NAME,NAME] "
+        "[num_heads=N] [image_size=224 or 24x40] [normalize=half|imagenet] [norm_eps=1e-6] "
+        "[classes=FILE]"
+    )
+    if _wants_help(arguments, "convert", usage):
+        return 0
+    keys = ("source", "to", "output", "allow", "num_heads", "image_size", "normalize", "norm_eps")
+    own, rest = _split(arguments, (*keys, "classes"))
+    if rest:
+        raise UserError(f"{rest[0]!r} is not a setting of convert: expected {usage}")
+    source, to, output = (_required(own, key) for key in keys[:3])
+    given: dict[str, Any] = {"allow": [name for name in own.get("allow", "").split(",") if name]}
+    if "num_heads" in own:
+        given["num_heads"] = _whole_number(own, "num_heads", 0)
+    if "image_size" in own:
+        sides = own["image_size"].split("x")
+        key = "image_size"
+        given[key] = [_whole_number({key: side}, key, 0) for side in sides]
+        given["image_size"] *= 2 if len(sides) == 1 else 1
+    if "norm_eps" in own:
+        given["norm_eps"] = _small_number(own, "norm_eps")
+    if "classes" in own:
+        given["classes"] = _lines(own["classes"])
+    from rich.console import Console
+
+    from beit import face
+
+    report = face.convert(source, to, output, normalize=own.get("normalize"), **given)
+    Console(stderr=True).print(report)
+    print(output)
+    return 0
+
+
+def _small_number(settings: dict[str, str], key: str) -> float:
+    try:
+        value = float(settings[key])
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1:
+        raise UserError(f"{key}={settings[key]}: expected a number between 0 and 1")
+    return value
+
+
+def _lines(path: str) -> list[str]:
+    """The lines of a text file, one class name each."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return file.read().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"classes={path} cannot be read as text: {error}") from error
 
 
 def _sink(output: str | None) -> TextIO:
@@ -256,6 +345,7 @@ _VERBS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
     "evaluate": evaluate,
     "predict": predict,
+    "convert": convert,
 }
 
 if __name__ == "__main__":

@@ -18,12 +18,14 @@ from beit import checks
 from beit.building import check_arguments, check_values, located
 from beit.building import instantiate as instantiate
 from beit.errors import UserError
+from beit.security import secrets
+from beit.security.composing import vetted as vetted
 from beit.sizes import patch_grid
 
 PACKAGE_DIR = Path(__file__).resolve().parent
 
 # built from what stands in the files alone, not from the data or another run's checkpoint
-CHECKED_GROUPS = ("trainer", "model", "optim", "loader", "callbacks", "logger")
+CHECKED_GROUPS = ("trainer", "job", "model", "optim", "loader", "callbacks", "logger")
 
 
 def config_dir() -> Path:
@@ -62,11 +64,13 @@ class TrainConfig:
     datamodule: Any = MISSING
     data: Any = MISSING
     trainer: Any = MISSING
+    job: Any = MISSING
     task_name: str = MISSING  # one word, set by the task
     name: str = MISSING  # of the run; its folder under paths.runs_dir
     seed: int = 0
     labels_per_class: Any = "all"  # train on this many labelled images of each class
     resume: str | None = None  # the same run goes on: a checkpoint, or 'auto'
+    allow_changes: list[str] = field(default_factory=list)  # keys in which a resumed run may differ
     init_from: str | None = None  # a new run starts from the weights of this checkpoint
     batch: BatchConfig = field(default_factory=BatchConfig)
     loader: Any = MISSING
@@ -91,7 +95,7 @@ def _checkpoint_config(path: str) -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=8)
 def _read_config(path: str, written: int) -> dict[str, Any]:
-    from beit.checkpoint import read_checkpoint
+    from beit.checkpoints.models import read_checkpoint
 
     return read_checkpoint(path).config
 
@@ -125,7 +129,7 @@ def compose(overrides: list[str], *, config_name: str = "train") -> DictConfig:
     from hydra import initialize_config_dir
 
     register()
-    with initialize_config_dir(config_dir=str(config_dir()), version_base="1.3"):
+    with vetted(), initialize_config_dir(config_dir=str(config_dir()), version_base="1.3"):
         return hydra_compose(config_name=config_name, overrides=overrides)
 
 
@@ -137,8 +141,16 @@ def refuse_sweep(words: list[str]) -> None:
 
 
 def plain(cfg: DictConfig) -> dict[str, Any]:
-    """The config as dicts, lists and scalars, every interpolation resolved."""
+    """The config as dicts, lists and scalars, to be written down: interpolations are resolved.
+
+    But what comes from the environment stays `${oc.env:NAME}`: it may be a secret.
+    """
     content: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    text: Any = OmegaConf.to_container(cfg, resolve=False)
+    if "oc.env" not in str(text):
+        return content
+    with secrets.environment_as_text():
+        content = secrets.without_environment(cfg)
     return content
 
 

@@ -74,7 +74,7 @@ def _unknown_key(key: str, error: Exception, overrides: list[str]) -> str:
     try:
         cfg = config.compose([w for w in rest if not w.startswith("-")])
         known = [name for name, _ in config.dotted_keys(cfg)]
-    except (HydraException, OmegaConfBaseException):
+    except (HydraException, OmegaConfBaseException, UserError):
         known = []
     leaf = key.rpartition(".")[2]
     same = [name for name in known if name.rpartition(".")[2] == leaf][:2]
@@ -104,6 +104,7 @@ def train_help() -> str:
         "  -m, --multirun        a sweep: every combination of values that stand with commas",
         "  --cfg job             prints the config without running it; --resolve fills it in",
         "  --config-dir FOLDER   adds a folder of your own configs",
+        "  trust=[PACKAGE.]      lets configs name what is in a package of yours (or BEIT_TRUST)",
         "",
         "beit train experiment=demo/pretrain --cfg job",
         "beit train experiment=demo/scratch seed=0,1,2 -m",

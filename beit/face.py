@@ -1,6 +1,6 @@
 """The verbs of the command line as Python functions."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +9,12 @@ from torch import nn
 from beit import config, runner
 from beit.console import log_to_console
 from beit.explain import explained
+from beit.interop import convert as interop
+from beit.interop.weights import ReadReport, Settings
 from beit.predictor import ImageClassifier
 from beit.recorded import from_checkpoint
+from beit.security import targets
+from beit.sizes import height_width
 
 
 def train(*overrides: str) -> dict[str, float]:
@@ -20,14 +24,14 @@ def train(*overrides: str) -> dict[str, float]:
     """
     log_to_console()
     config.refuse_sweep(list(overrides))
-    with explained(list(overrides)):
-        return runner.fit(config.compose(list(overrides)))
+    with targets.trusting(overrides) as words, explained(words):
+        return runner.fit(config.compose(words))
 
 
 def evaluate(checkpoint: str | Path, *overrides: str) -> dict[str, float]:
     """Validation metrics of a checkpoint; overrides change the config it carries."""
-    with explained(list(overrides)):
-        return runner.evaluate(from_checkpoint(checkpoint, list(overrides)))
+    with targets.trusting(overrides) as words, explained(words):
+        return runner.evaluate(from_checkpoint(checkpoint, words))
 
 
 def predict(
@@ -53,9 +57,47 @@ def load_model(checkpoint: str | Path) -> nn.Module:
     """The trained network of a checkpoint, in eval mode on the CPU.
 
     A classifier (images -> logits) from fine-tuning, the task with backbone and head from
-    pretraining, the tokenizer from tokenizer training.
+    pretraining, the tokenizer from tokenizer training. Also of files and folders of the official
+    release, timm and Hugging Face; what became of their tensors is told on stderr.
     """
+    log_to_console()
     return runner.load_model(checkpoint)
+
+
+def convert(
+    source: str | Path,
+    to: str,
+    output: str | Path,
+    *,
+    allow: Sequence[str] = (),
+    num_heads: int | None = None,
+    image_size: int | Sequence[int] | None = None,
+    normalize: str | None = None,
+    norm_eps: float | None = None,
+    classes: Sequence[str] | None = None,
+) -> ReadReport:
+    """Write the weights of a file or folder in another layout; returns what became of them.
+
+    Args:
+        source: ours, or of the official release (unilm), timm or Hugging Face: its content tells.
+        to: "ours" (a .safetensors file), "unilm" (a .pth file), "timm" or "huggingface" (folders).
+        output: never overwritten.
+        allow: names, or beginnings, of tensors that may be left behind.
+        num_heads, image_size, normalize ("half" or "imagenet"), norm_eps, classes: what the file
+            does not tell, or other than it tells.
+
+    Raises UserError for what is damaged, unknown or incomplete, and for what the other layout has
+    no place for; nothing is written then.
+    """
+    settings = Settings(
+        num_heads=num_heads,
+        image_size=None if image_size is None else height_width(image_size),
+        normalize=normalize,
+        norm_eps=norm_eps,
+        classes=None if classes is None else list(classes),
+        allow=tuple(allow),
+    )
+    return interop.convert(source, to, output, settings).report
 
 
 def create_model(name: str, **changes: Any) -> nn.Module:

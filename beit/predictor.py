@@ -8,10 +8,11 @@ import torch
 from torch import nn
 
 from beit import config, runner
-from beit.checkpoint import read_checkpoint
 from beit.data.file_sources import find_images, open_image
 from beit.data.images import UnreadableImage
 from beit.errors import UserError
+from beit.interop.convert import any_checkpoint
+from beit.security import targets
 
 
 class ImageClassifier:
@@ -31,13 +32,14 @@ class ImageClassifier:
     @classmethod
     def from_checkpoint(cls, path: str | Path) -> "ImageClassifier":
         """Rebuild the classifier of a fine-tuning run; UserError for any other checkpoint."""
-        checkpoint = read_checkpoint(path)
+        checkpoint = any_checkpoint(path, tell="nothing")
         views = checkpoint.config.get("views") or {}
         if "eval" not in views:
             raise UserError(
                 f"{path} is a checkpoint of task {checkpoint.config.get('task_name')}, which has "
                 "no classes to predict: give one of task classification"
             )
+        targets.check_only(views["eval"], targets.TRANSFORMS, "transform")
         transform = config.instantiate(views["eval"])
         return cls(runner.load_model(path), transform, checkpoint.classes)
 

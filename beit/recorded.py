@@ -11,6 +11,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from beit import config
 from beit.errors import UserError
+from beit.security import folders, limits
+from beit.security.composing import check_recorded
 
 
 def composed(cfg: DictConfig) -> dict[str, Any]:
@@ -18,9 +20,10 @@ def composed(cfg: DictConfig) -> dict[str, Any]:
 
     What depends on the moment or the place is fixed: the run's name and its folder.
     """
-    cfg = cfg.copy()
-    cfg.name, cfg.paths.output_dir = str(cfg.name), str(cfg.paths.output_dir)
+    written = config.plain(cfg)
     content: Any = OmegaConf.to_container(cfg, resolve=False)
+    content["name"] = str(written["name"])
+    content["paths"]["output_dir"] = str(written["paths"]["output_dir"])
     return content
 
 
@@ -32,17 +35,15 @@ def from_checkpoint(path: str | Path, overrides: list[str]) -> DictConfig:
     Raises:
         UserError: a key that the run's config does not have, a value that cannot be read.
     """
-    from beit.checkpoint import read_checkpoint
+    from beit.interop.convert import any_checkpoint
 
     config.register()
-    cfg = OmegaConf.create(read_checkpoint(path).composed)
+    cfg = OmegaConf.create(_checked(any_checkpoint(path).composed, path, overrides))
     OmegaConf.set_struct(cfg, True)
     for word in overrides:
         key, _, text = word.partition("=")
         try:
-            value = OmegaConf.select(
-                OmegaConf.create(f"value: {text}"), "value"
-            )  # 1e-3 is a number
+            value = OmegaConf.select(_parsed(word, text), "value")
             old = OmegaConf.select(cfg, key, throw_on_missing=False)
             if isinstance(old, DictConfig) and isinstance(value, str):
                 _choose(cfg, key, value)
@@ -53,13 +54,43 @@ def from_checkpoint(path: str | Path, overrides: list[str]) -> DictConfig:
         except OmegaConfBaseException as error:
             raise UserError(f"{word}: the run's config has no such key") from error
     cfg.resume, cfg.init_from = None, str(path)
+    changed: Any = OmegaConf.to_container(cfg, resolve=False)
+    check_recorded(changed)
+    folders.check_downloads(cfg, overrides)
     return cfg
+
+
+def _checked(content: Any, path: str | Path, overrides: list[str]) -> dict[str, Any]:
+    """The config of a checkpoint, which anybody may have written, without what only training needs.
+
+    The user's words may replace what refers to the environment.
+    """
+    try:
+        limits.check_plain(content)
+        typed = {word.partition("=")[0] for word in overrides}
+        for key in ("callbacks", "logger", "profiler", "plugins"):
+            content["trainer"].pop(key, None)
+        content["callbacks"] = content["logger"] = None
+        check_recorded(content, except_for=typed)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: its config is not one of a training run") from error
+    return content
+
+
+def _parsed(word: str, text: str) -> Any:
+    """`value: TEXT` as YAML, within limits: 1e-3 is a number."""
+    limits.check_word(word)
+    with limits.bounded_yaml():
+        return OmegaConf.create(f"value: {text}")
 
 
 def _choose(cfg: DictConfig, group: str, choice: str) -> None:
     """Put another config of a group in place; what it leaves open stays as the run had it."""
     try:
-        with initialize_config_dir(config_dir=str(config.config_dir()), version_base="1.3"):
+        folder = str(config.config_dir())
+        with config.vetted(), initialize_config_dir(config_dir=folder, version_base="1.3"):
             chosen = compose(config_name=f"{group}/{choice}")
     except HydraException as error:
         raise UserError(f"{group}={choice}: no such choice; see beit train --help") from error

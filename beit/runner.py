@@ -1,7 +1,10 @@
 """From a config to objects, and from objects to a run. Knows no task in particular."""
 
+import contextlib
+import functools
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +13,26 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from beit import config, run_folder
+from beit.callbacks.plan import PlanCheck, conclude
 from beit.callbacks.randomness import KeyedRandomness
-from beit.callbacks.record import ConfigRecord
-from beit.checkpoint import (
-    Checkpoint,
-    check_resumable,
-    initialise,
-    load_part,
-    read_checkpoint,
-)
+from beit.checkpoints import resume
+from beit.checkpoints.elastic import respread
+from beit.checkpoints.models import Checkpoint, initialise, load_part
+from beit.checkpoints.plugin import CheckpointFiles
+from beit.checkpoints.record import RunRecord
 from beit.console import RunLog, only_warnings, quiet_lightning
+from beit.data.sampler import limited
+from beit.data.workers import losses_named
 from beit.errors import UserError
+from beit.interop.convert import any_checkpoint
+from beit.job import signals
+from beit.job.agreement import Agreement
+from beit.job.numbers import FiniteGuard
+from beit.job.ranks import RankWatch
+from beit.job.stopping import Stopping
+from beit.loggers.guarded import GuardedLogger, RewindLoggers
 from beit.recorded import composed
+from beit.security import targets
 from beit.tasks.planning import plan
 
 log = logging.getLogger(__name__)
@@ -33,30 +44,53 @@ def fit(cfg: DictConfig) -> dict[str, float]:
     Raises UserError, before any training, for what cannot be done.
     """
     first = run_folder.is_first_process()
-    with RunLog() as run_log:
+    with RunLog() as run_log, contextlib.ExitStack() as guards:
         if not first:
             only_warnings()
         config.check(cfg)
         world_size = config.settle_devices(cfg)
+        watch = RankWatch(
+            config.instantiate(cfg.job),
+            world_size=world_size,
+            first=first,
+            num_nodes=cfg.trainer.get("num_nodes", 1),
+        )
+        guards.enter_context(watch)
         folder = Path(cfg.paths.output_dir)
+        wanted = resume.implied(cfg.resume)
         if first:
-            run_folder.check_free(folder, resume=cfg.resume)
-        checkpoint = run_folder.resume_from(folder, cfg.resume)
+            run_folder.check_free(folder, resume=wanted)
+        beginning = resume.find(folder, wanted)
         quiet_lightning()
         torch.set_float32_matmul_precision("high")
         L.seed_everything(cfg.seed, workers=False, verbose=False)
         task, data = build(cfg, world_size)
+        guards.enter_context(losses_named(data))
         settled = config.plain(cfg)
-        if checkpoint:
-            for line in check_resumable(task, checkpoint, settled):
-                log.info("other than before: %s", line)
-        trainer = build_trainer(cfg, settled)
+        facts = {"config": settled, "composed": composed(cfg), "data": data.fingerprint()}
+        resume.check(beginning, task, allowed=list(cfg.allow_changes), **facts)
+        record = RunRecord(
+            **facts,
+            run_id=beginning.run_id,
+            environment=run_folder.describe_environment() if first else {},
+            global_batch_size=cfg.batch.global_size,
+        )
+        goes_on = functools.partial(
+            respread,
+            world_size=world_size,
+            accumulate=cfg.trainer.accumulate_grad_batches,
+            micro_batches=_micro_batches(cfg, data, world_size),
+        )
+        trainer = build_trainer(cfg, record, watch, goes_on)
         if first:  # only now: what is refused leaves nothing behind
             run_folder.make(folder)
+            resume.write_run_id(folder, beginning.run_id)
             run_log.open(folder / "train.log")
             run_folder.write_records(folder, OmegaConf.to_yaml(OmegaConf.create(settled)))
         _announce(cfg, task, world_size)
-        trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+        with signals.handled(ends_process=False):  # where the command line has not done so before
+            trainer.fit(task, datamodule=data, ckpt_path=beginning.path, weights_only=True)
+        conclude(trainer)
         log.info("run folder: %s", folder)
     return {key: float(value) for key, value in trainer.callback_metrics.items()}
 
@@ -80,28 +114,52 @@ def build(cfg: DictConfig, world_size: int) -> tuple[L.LightningModule, L.Lightn
 
 def _plan(cfg: DictConfig, data: L.LightningDataModule, world_size: int) -> tuple[int, int]:
     """Optimizer steps of an epoch and of the run, before there is a trainer."""
-    accumulate = cfg.trainer.accumulate_grad_batches
     return plan(
-        data.steps_per_epoch(world_size=world_size, accumulate=accumulate),
-        accumulate=accumulate,
-        limit=cfg.trainer.get("limit_train_batches"),
+        _micro_batches(cfg, data, world_size),
+        accumulate=cfg.trainer.accumulate_grad_batches,
+        limit=None,
         max_epochs=cfg.trainer.max_epochs,
         max_steps=cfg.trainer.max_steps,
     )
 
 
-def build_trainer(cfg: DictConfig, settled: dict[str, Any]) -> L.Trainer:
+def _micro_batches(cfg: DictConfig, data: L.LightningDataModule, world_size: int) -> int:
+    """Training batches of a rank in an epoch of this run."""
+    accumulate = cfg.trainer.accumulate_grad_batches
+    whole = data.micro_batches(world_size=world_size, accumulate=accumulate)
+    return limited(whole, cfg.trainer.get("limit_train_batches"))
+
+
+def build_trainer(
+    cfg: DictConfig,
+    record: RunRecord,
+    watch: RankWatch,
+    goes_on: Callable[[dict[str, Any]], dict[str, Any]],
+) -> L.Trainer:
     """The trainer with its callbacks and loggers."""
     callbacks = [config.instantiate(node) for node in (cfg.callbacks or {}).values() if node]
     loggers = [config.instantiate(node) for node in (cfg.logger or {}).values() if node]
+    job, agreement = config.instantiate(cfg.job), Agreement()
+    finite = FiniteGuard(
+        Path(cfg.paths.output_dir) / "faults",
+        agreement=agreement,
+        max_nonfinite_steps=job.max_nonfinite_steps,
+    )
     return config.instantiate(
         cfg.trainer,
         callbacks=[
+            watch,  # first: it must hear of an exception before anything waits for other ranks
             KeyedRandomness(cfg.seed),
-            ConfigRecord(settled, composed(cfg)),
+            PlanCheck(),
+            record,
+            finite,  # before what reads the gradients
+            RewindLoggers(),
             *callbacks,
+            Stopping(job, agreement=agreement),  # after what changes weights
         ],
-        logger=loggers or False,
+        logger=[GuardedLogger(logger) for logger in loggers] or False,
+        # a checkpoint passes through `goes_on` before Lightning restores anything from it
+        plugins=[CheckpointFiles(on_load=goes_on)],
     )
 
 
@@ -113,7 +171,7 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
     world_size = config.settle_devices(cfg)
     quiet_lightning()
     L.seed_everything(cfg.seed, workers=False, verbose=False)
-    checkpoint = read_checkpoint(cfg.init_from)
+    checkpoint = any_checkpoint(cfg.init_from, tell="nothing", config=False)
     data = config.instantiate(cfg.datamodule)
     data.check(world_size=world_size, accumulate=1, stage="validate")
     task = config.instantiate(cfg.task)
@@ -126,9 +184,11 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
 def load_model(path: str | Path) -> torch.nn.Module:
     """The network of a checkpoint, rebuilt from the file alone, in eval mode on the CPU.
 
-    A whole task (backbone and head) where there is a backbone, else the tokenizer.
+    A whole task (backbone and head) where there is a backbone, else the tokenizer. Files of other
+    libraries are read as checkpoints of the task that they are of.
     """
-    checkpoint = read_checkpoint(path)
+    checkpoint = any_checkpoint(path)
+    targets.check_only(checkpoint.config.get("task"), targets.NETWORKS, "network")
     task = config.instantiate(checkpoint.config["task"])
     _load_children(task, checkpoint)
     network = task if hasattr(task, "backbone") else task.tokenizer

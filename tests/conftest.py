@@ -58,8 +58,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny: dict[str, list[str]]) -
     folder = tmp_path_factory.mktemp("runs")
     where = f"paths.runs_dir={folder}"
     beit.train(*tiny["tokenizer"], where, "name=tokenizer")
-    path = f"tokenizer.path={folder}/tokenizer/checkpoints/last.ckpt"
+    path = f"tokenizer.path={folder}/tokenizer/checkpoints/last.safetensors"
     beit.train(*tiny["mim"], path, where, "name=pretrain")
-    start = f"init_from={folder}/pretrain/checkpoints/last.ckpt"
+    start = f"init_from={folder}/pretrain/checkpoints/last.safetensors"
     beit.train(*tiny["classification"], start, where, "name=finetune")
     return folder

@@ -89,7 +89,7 @@ def test_a_run_without_an_end_is_refused() -> None:
 
 
 def test_resume_and_init_from_exclude_each_other() -> None:
-    cfg = config.compose([*DEMO, *SIZES, "resume=auto", "init_from=a.ckpt"])
+    cfg = config.compose([*DEMO, *SIZES, "resume=auto", "init_from=a.safetensors"])
     with pytest.raises(UserError, match="exclude each other"):
         config.check(cfg)
 

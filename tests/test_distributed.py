@@ -22,8 +22,8 @@ def run(words: list[str], folder: Path, name: str) -> list[float]:
 
 
 def test_two_processes_are_one(runs: Path, tiny: Words, tmp_path: Path) -> None:
-    path = f"tokenizer.path={runs}/tokenizer/checkpoints/last.ckpt"
-    words = [*tiny["mim"], path]
+    path = f"tokenizer.path={runs}/tokenizer/checkpoints/last.safetensors"
+    words = [*tiny["mim"], path, "model.drop_path_rate=0.5"]
     one = run(words, tmp_path, "one")
     two = run([*words, "trainer=ddp_cpu", "batch.per_device=16"], tmp_path, "two")
     halves = ["trainer=ddp_cpu", "batch.per_device=8", "trainer.limit_train_batches=6"]
@@ -31,10 +31,10 @@ def test_two_processes_are_one(runs: Path, tiny: Words, tmp_path: Path) -> None:
     assert len(one) == 6
     assert two == pytest.approx(one, abs=2e-6)
     # of an accumulated step the log has the last micro-batch; the weights tell whether it was right
-    from beit.checkpoint import read_checkpoint
+    from beit.checkpoints.models import read_checkpoint
 
     weights = [
-        read_checkpoint(tmp_path / name / "checkpoints" / "last.ckpt").state_dict
+        read_checkpoint(tmp_path / name / "checkpoints" / "last.safetensors").state_dict
         for name in ("one", "two", "split")
     ]
     for key, expected in weights[0].items():

@@ -11,12 +11,13 @@ from hydra.utils import get_class, get_object
 from omegaconf import DictConfig, OmegaConf
 
 from beit import config
+from beit.checkpoints.file import write_file
 
 FOLDER = config.config_dir() / "experiment"
 RECIPES = sorted(str(p.relative_to(FOLDER).with_suffix("")) for p in FOLDER.rglob("*.yaml"))
 SWEEPS = sorted(p.stem for p in (config.config_dir() / "sweep").glob("*.yaml"))
 GIVEN = {  # what the user of a recipe must say
-    "init_from": "start.ckpt",
+    "init_from": "start.safetensors",
     "tokenizer.encoder_path": "encoder.pkl",
 }
 
@@ -41,10 +42,10 @@ def _parent(cfg: DictConfig, key: str) -> Any:
 def _tokenizer_checkpoint(folder: Path, family: str) -> str:
     """A stand-in for what experiment=FAMILY/tokenizer trains: its config without its weights."""
     trained = config.compose([f"experiment={family}/tokenizer"])
-    path = folder / f"{family}.ckpt"
+    path = folder / f"{family}.safetensors"
     tokenizer = {"tokenizer": OmegaConf.to_container(trained.tokenizer, resolve=True)}
-    entry = {"config": tokenizer, "classes": None, "version": "0"}
-    torch.save({"state_dict": {}, "beit": entry}, path)
+    entry = {"config": tokenizer, "composed": tokenizer, "classes": None}
+    write_file(path, {"state_dict": {}, "beit": entry})
     return str(path)
 
 

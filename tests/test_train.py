@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -13,11 +12,13 @@ from PIL import Image
 
 import beit
 from beit import cli
-from beit.checkpoint import read_checkpoint
+from beit.checkpoints.file import read_file
+from beit.checkpoints.models import read_checkpoint
 from beit.errors import UserError
 
 Words = dict[str, list[str]]
 STAGES = ["tokenizer", "pretrain", "finetune"]
+PRETRAINED = "{runs}/pretrain/checkpoints/last.safetensors"
 
 
 def column(run: Path, key: str) -> list[float]:
@@ -26,7 +27,7 @@ def column(run: Path, key: str) -> list[float]:
 
 
 def last(run: Path) -> Path:
-    return run / "checkpoints" / "last.ckpt"
+    return run / "checkpoints" / "last.safetensors"
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -44,14 +45,28 @@ def test_a_run_folder_tells_where_it_came_from(runs: Path, stage: str) -> None:
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_checkpoint_is_tensors_and_plain_data(runs: Path, stage: str) -> None:
-    content = torch.load(last(runs / stage), weights_only=True)
-    assert json.loads(json.dumps(content["beit"])) == content["beit"]
-    assert content["global_step"] == 6
+def test_a_checkpoint_tells_of_its_run(runs: Path, stage: str) -> None:
+    content = read_file(last(runs / stage))
+    entry = content["beit"]
+    assert json.loads(json.dumps(entry)) == entry
+    assert content["global_step"] == entry["progress"]["steps"] == 6
+    assert entry["progress"]["samples"] == 6 * 32
+    assert entry["run_id"] == (runs / stage / "run_id").read_text().strip()
+    assert entry["data"]["train"]["images"] == 1437
+    assert entry["environment"]["packages"]["torch"]
+
+
+def test_other_readers_open_a_checkpoint(runs: Path) -> None:
+    from safetensors.torch import load_file
+
+    ours = read_checkpoint(last(runs / "pretrain")).state_dict
+    theirs = load_file(last(runs / "pretrain"))
+    assert ours
+    assert all(torch.equal(theirs[f"state_dict.{key}"], value) for key, value in ours.items())
 
 
 def test_the_best_checkpoint_can_be_used_alone(runs: Path, tmp_path: Path) -> None:
-    best = runs / "finetune" / "checkpoints" / "best.ckpt"
+    best = runs / "finetune" / "checkpoints" / "best.safetensors"
     assert len(beit.predict(best, _photos(tmp_path / "photos"))) == 3
 
 
@@ -159,8 +174,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(runs: Path, tiny: Words, tmp_
     path = f"tokenizer.path={last(runs / 'tokenizer')}"
     words = [*tiny["mim"], path]
     words += [f"paths.runs_dir={tmp_path}", "trainer.max_epochs=3", "model.drop_path_rate=0.5"]
-    beit.train(*words, "name=whole", "callbacks.last_checkpoint.save_top_k=-1")
-    first = next((tmp_path / "whole" / "checkpoints").glob("epoch0000*.ckpt"))
+    beit.train(*words, "name=whole", "callbacks.checkpoints.keep=-1")
+    first = next((tmp_path / "whole" / "checkpoints").glob("epoch0000*"))
     beit.train(*words, "name=cut", f"resume={first}")
     assert column(tmp_path / "cut", "train/loss") == column(tmp_path / "whole", "train/loss")[3:]
     whole = read_checkpoint(last(tmp_path / "whole")).state_dict
@@ -171,8 +186,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(runs: Path, tiny: Words, tmp_
 @pytest.mark.parametrize(
     ("stage", "words", "expected"),
     [
-        ("finetune", ["name=finetune", "resume={runs}/pretrain/checkpoints/last.ckpt"], "another"),
-        ("finetune", ["name=new", "resume={runs}/pretrain/checkpoints/last.ckpt"], "task mim"),
+        ("finetune", ["name=finetune", f"resume={PRETRAINED}"], "another"),
+        ("finetune", ["name=new", f"resume={PRETRAINED}"], "task mim"),
         ("finetune", ["name=finetune", "resume=auto", "model.width=26"], "another shape"),
     ],
 )
@@ -187,20 +202,40 @@ def test_resume_refuses_what_is_not_the_same_run(
     assert not (runs / "new").exists()
 
 
-def test_resume_auto_takes_the_newest_where_the_last_is_gone(tmp_path: Path) -> None:
-    from beit.run_folder import newest_checkpoint
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["seed=1"], "seed was 0 and is 1"),
+        (["batch.global_size=64"], "batch.global_size was 32 and is 64"),
+        (["data.train.split=test"], "data was Digits"),
+        (["trainer.max_epochs=3"], r"allow_changes=\[trainer.max_epochs\]"),
+        (["seed=1", "allow_changes=[trainer.max_epochs]"], "seed was"),
+    ],
+)
+def test_resume_refuses_another_run_by_name(
+    runs: Path, tiny: Words, words: list[str], expected: str
+) -> None:
+    start = f"init_from={last(runs / 'pretrain')}"
+    words = [*tiny["classification"], f"paths.runs_dir={runs}", "name=finetune", *words]
+    with pytest.raises(UserError, match=expected):
+        beit.train(*words, "resume=auto")
+    with pytest.raises(UserError, match="exclude each other"):
+        beit.train(*words, "resume=auto", start)
 
-    folder = tmp_path / "checkpoints"
-    folder.mkdir()
-    assert newest_checkpoint(tmp_path) is None
-    (folder / "best.ckpt").touch()
-    with pytest.raises(UserError, match="earlier state"):
-        newest_checkpoint(tmp_path)
-    for number, name in enumerate(["epoch0002.ckpt", "epoch0010.ckpt"]):
-        (folder / name).touch()
-        os.utime(folder / name, (number, number))
-    (folder / "last.ckpt").symlink_to("gone.ckpt")
-    assert newest_checkpoint(tmp_path) == folder / "epoch0010.ckpt"
+
+def test_a_run_is_extended_and_spread_otherwise_when_its_user_allows_it(
+    runs: Path, tiny: Words, tmp_path: Path
+) -> None:
+    import shutil
+
+    shutil.copytree(runs / "finetune", tmp_path / "moved", symlinks=True)
+    words = [*tiny["classification"], f"paths.runs_dir={tmp_path}", "name=moved", "resume=auto"]
+    words += ["batch.per_device=16", "trainer.limit_train_batches=6", "trainer.max_epochs=3"]
+    allowed = "allow_changes=[trainer.max_epochs,trainer.limit_train_batches]"
+    beit.train(*words, allowed)
+    checkpoint = read_checkpoint(last(tmp_path / "moved"))
+    assert checkpoint.entry["progress"]["steps"] == 9
+    assert checkpoint.entry["run_id"] == read_checkpoint(last(runs / "finetune")).entry["run_id"]
 
 
 def test_parts_that_would_be_lost_are_refused(runs: Path, tiny: Words) -> None:
@@ -255,7 +290,7 @@ def test_a_foreign_file_is_refused_without_running_it(tmp_path: Path, runs: Path
     for name in ("bad.ckpt", "bad2.ckpt"):
         with pytest.raises(UserError, match=name):
             read_checkpoint(tmp_path / name)
-    damaged = tmp_path / "damaged.ckpt"
+    damaged = tmp_path / "damaged.safetensors"
     damaged.write_bytes(last(runs / "pretrain").read_bytes()[:5000])
     with pytest.raises(UserError, match="damaged"):
         read_checkpoint(damaged)

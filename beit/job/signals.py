@@ -91,10 +91,6 @@ class StopSignals:
         """From now on a stop waits for the boundary, for so long and `seconds` more."""
         self.step_seconds = step_seconds
 
-    def nothing_to_lose(self) -> None:
-        """From now on a stop ends the process at once."""
-        self.step_seconds = None
-
     @contextmanager
     def held(self) -> Iterator[None]:
         """Within it no deadline ends the process: a checkpoint is being written."""

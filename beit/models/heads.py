@@ -46,6 +46,7 @@ class ClassificationHead(nn.Module):
         *,
         pooling: Literal["mean", "cls"] = "mean",
         init_scale: float = 0.001,
+        norm_eps: float = NORM_EPS,
     ) -> None:
         super().__init__()
         if pooling not in ("mean", "cls"):
@@ -53,7 +54,7 @@ class ClassificationHead(nn.Module):
         if num_classes < 1:
             raise UserError(f"num_classes {num_classes} must be at least 1")
         self.pooling = pooling
-        self.fc_norm = nn.LayerNorm(width, eps=NORM_EPS) if pooling == "mean" else None
+        self.fc_norm = nn.LayerNorm(width, eps=norm_eps) if pooling == "mean" else None
         self.head = nn.Linear(width, num_classes)
         truncated_normal_(self.head.weight, std=0.02, cut=2.0)
         nn.init.zeros_(self.head.bias)

@@ -138,10 +138,11 @@ class Block(nn.Module):
         drop_rate: float,
         attention_drop_rate: float,
         drop_path_rate: float,
+        norm_eps: float = NORM_EPS,
     ) -> None:
         super().__init__()
         self.drop_path_rate = drop_path_rate
-        self.norm1 = nn.LayerNorm(width, eps=NORM_EPS)
+        self.norm1 = nn.LayerNorm(width, eps=norm_eps)
         self.attn = Attention(
             width,
             num_heads,
@@ -149,25 +150,35 @@ class Block(nn.Module):
             drop_rate=drop_rate,
             attention_drop_rate=attention_drop_rate,
         )
-        self.norm2 = nn.LayerNorm(width, eps=NORM_EPS)
+        self.norm2 = nn.LayerNorm(width, eps=norm_eps)
         self.mlp = MLP(width, int(width * mlp_ratio), drop_rate=drop_rate)
         self.gamma_1 = nn.Parameter(torch.full((width,), layer_scale)) if layer_scale else None
         self.gamma_2 = nn.Parameter(torch.full((width,), layer_scale)) if layer_scale else None
 
-    def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """x (B,1+N,D) and the shared bias (heads,1+N,1+N) -> (B,1+N,D)."""
-        x = self._residual(x, lambda kept: self.attn(self.norm1(kept), bias), self.gamma_1)
-        return self._residual(x, lambda kept: self.mlp(self.norm2(kept)), self.gamma_2)
+    def forward(self, x: Tensor, bias: Tensor | None, kept: Tensor | None = None) -> Tensor:
+        """x (B,1+N,D) and the shared bias (heads,1+N,1+N) -> (B,1+N,D).
+
+        `kept` (2,B) bool says which samples keep the two branches in training; without it they are
+        drawn from torch's generator.
+        """
+        first, second = (None, None) if kept is None else kept
+        x = self._residual(x, lambda rows: self.attn(self.norm1(rows), bias), self.gamma_1, first)
+        return self._residual(x, lambda rows: self.mlp(self.norm2(rows)), self.gamma_2, second)
 
     def _residual(
-        self, x: Tensor, branch: Callable[[Tensor], Tensor], gamma: Tensor | None
+        self,
+        x: Tensor,
+        branch: Callable[[Tensor], Tensor],
+        gamma: Tensor | None,
+        kept: Tensor | None,
     ) -> Tensor:
         """x + drop_path(γ · branch(x)): each sample keeps its branch with probability 1 - rate."""
         if not self.training or self.drop_path_rate == 0:
             return x + (branch(x) if gamma is None else branch(x) * gamma)
         keep = 1 - self.drop_path_rate
         scale = 1 / keep if gamma is None else gamma / keep
-        kept = torch.rand(x.shape[0], device=x.device) < keep
+        if kept is None:
+            kept = torch.rand(x.shape[0], device=x.device) < keep
         if x.device.type == "cpu":
             # a dropped branch is not computed at all; elsewhere reading `kept` would stall
             rows = kept.nonzero().squeeze(1)

@@ -40,15 +40,15 @@ class TransferReport:
 
     def rows(self) -> list[tuple[str, str, str]]:
         """(what happened, how many tensors, which) of every kind that occurred."""
-        copied = [f"{key} -> {_abbreviate(targets)}" for key, targets in self.copied]
+        copied = [f"{key} -> {abbreviate(targets)}" for key, targets in self.copied]
         resized = [f"{key} {list(old)} -> {list(new)}" for key, old, new in self.resized]
         kinds = {
-            "loaded": (len(self.loaded), _abbreviate(self.loaded)),
+            "loaded": (len(self.loaded), abbreviate(self.loaded)),
             "copied": (len(self.copied), "; ".join(copied)),
             "resized": (len(self.resized), "; ".join(resized)),
             # what was not carried over is never cut short
-            "fresh (missing)": (len(self.missing), _abbreviate(self.missing, limit=0)),
-            "not used (unexpected)": (len(self.unexpected), _abbreviate(self.unexpected, limit=0)),
+            "fresh (missing)": (len(self.missing), abbreviate(self.missing, limit=0)),
+            "not used (unexpected)": (len(self.unexpected), abbreviate(self.unexpected, limit=0)),
         }
         return [(kind, str(count), which) for kind, (count, which) in kinds.items() if count]
 
@@ -109,7 +109,7 @@ def adapt_backbone(
         adapted[key] = resized
     if not adapted:
         raise UserError(
-            f"none of the {len(state_dict)} tensors ({_abbreviate(list(state_dict))}) belongs to a"
+            f"none of the {len(state_dict)} tensors ({abbreviate(list(state_dict))}) belongs to a"
             " vision transformer; check the file and its key prefix"
         )
     report.missing = [key for key in wanted if key not in adapted]
@@ -179,7 +179,7 @@ def _check_depth(source: Mapping[str, Tensor], model: VisionTransformer) -> None
         )
 
 
-def _abbreviate(keys: list[str], limit: int = 6) -> str:
+def abbreviate(keys: list[str], limit: int = 6) -> str:
     """Keys in one line, those of all blocks written once; beyond `limit` counted, 0 is no limit."""
     short: dict[str, int] = {}
     for key in keys:

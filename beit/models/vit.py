@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from beit.errors import UserError
+from beit.models.drop_path import kept_branches, thresholds
 from beit.models.layers import NORM_EPS, Block, PatchEmbedding, RelativePosition
 from beit.models.position import RelativePositionBias
 from beit.sizes import height_width, patch_grid
@@ -26,14 +27,19 @@ class VisionTransformer(nn.Module):
         drop_path_rate: of the last block; rises linearly from 0 in the first.
         mask_token: whether `forward` takes a mask.
         final_norm: LayerNorm after the last block; without it the classification head normalises.
+        norm_eps: of every LayerNorm; 1e-6 in the released weights, transformers' default is 1e-12.
         init_std, init_cut: weights are normal with this deviation, redrawn beyond ±init_cut.
             Pretraining cuts at ±0.02, one deviation, which leaves 0.0108; fine-tuning at ±2.
 
     Attributes: `grid` (h, w), `image_size` (H, W), `patch_size`, `width`, `depth`, `num_heads`.
+    `sample_keys` (B,) int64, if set, is what stochastic depth draws from in training: one key for
+    each sample of the next batch (see `drop_path`). None: torch's generator.
 
     Raises:
         UserError: sizes that don't divide, rates outside [0, 1), an unknown `relative_position`.
     """
+
+    drop_limits: Tensor
 
     def __init__(
         self,
@@ -53,6 +59,7 @@ class VisionTransformer(nn.Module):
         drop_path_rate: float,
         mask_token: bool,
         final_norm: bool,
+        norm_eps: float = NORM_EPS,
         init_std: float = 0.02,
         init_cut: float,
     ) -> None:
@@ -68,6 +75,7 @@ class VisionTransformer(nn.Module):
             "mlp_ratio": mlp_ratio,
             "init_std": init_std,
             "init_cut": init_cut,
+            "norm_eps": norm_eps,
         }.items():
             if value <= 0:
                 raise UserError(f"{name} {value} must be positive")
@@ -83,6 +91,9 @@ class VisionTransformer(nn.Module):
         self.rel_pos_bias = (
             RelativePositionBias(self.grid, num_heads) if relative_position == "shared" else None
         )
+        rates = [drop_path_rate * i / max(depth - 1, 1) for i in range(depth)]
+        self.sample_keys: Tensor | None = None
+        self.register_buffer("drop_limits", thresholds(rates), persistent=False)
         self.blocks = nn.ModuleList(
             Block(
                 width,
@@ -92,11 +103,12 @@ class VisionTransformer(nn.Module):
                 layer_scale=layer_scale,
                 drop_rate=drop_rate,
                 attention_drop_rate=attention_drop_rate,
-                drop_path_rate=drop_path_rate * i / max(depth - 1, 1),
+                drop_path_rate=rate,
+                norm_eps=norm_eps,
             )
-            for i in range(depth)
+            for rate in rates
         )
-        self.norm = nn.LayerNorm(width, eps=NORM_EPS) if final_norm else nn.Identity()
+        self.norm = nn.LayerNorm(width, eps=norm_eps) if final_norm else nn.Identity()
         self._initialise(init_std, init_cut)
 
     def forward(self, images: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -109,8 +121,9 @@ class VisionTransformer(nn.Module):
         """
         x = self._embed(images, mask)
         bias = self._shared_bias(x)
-        for block in self.blocks:
-            x = block(x, bias)
+        kept = self._kept_branches(len(x))
+        for i, block in enumerate(self.blocks):
+            x = block(x, bias, None if kept is None else kept[i])
         return self.norm(x)
 
     def forward_blocks(
@@ -130,8 +143,9 @@ class VisionTransformer(nn.Module):
         x = self._embed(images, mask)
         bias = self._shared_bias(x)
         outputs: dict[int, Tensor] = {}
+        kept = self._kept_branches(len(x))
         for i, block in enumerate(self.blocks[: max(taps) + 1]):
-            x = block(x, bias)
+            x = block(x, bias, None if kept is None else kept[i])
             if i in taps:
                 outputs[i] = x
         return [outputs[tap] for tap in taps]
@@ -145,6 +159,13 @@ class VisionTransformer(nn.Module):
         if self.pos_embed is not None:
             x = x + self.pos_embed
         return nn.functional.dropout(x, self.drop_rate, self.training)
+
+    def _kept_branches(self, batch: int) -> Tensor | None:
+        """(depth,2,B) bool from the samples' keys; None where torch's generator is to draw."""
+        if not self.training or self.sample_keys is None:
+            return None
+        assert len(self.sample_keys) == batch, "the keys are of another batch"
+        return kept_branches(self.sample_keys, self.drop_limits)
 
     def _shared_bias(self, x: Tensor) -> Tensor | None:
         """The shared bias (heads,1+N,1+N), gathered and cast once for all blocks."""

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Generator, Tensor, nn
 
-from beit.checkpoint import load_part, read_checkpoint
+from beit.checkpoints.models import load_part, read_checkpoint
 from beit.errors import UserError
 from beit.sizes import height_width, token_grid
 from beit.tokenizers.codebook import gumbel_softmax
@@ -184,7 +184,7 @@ def load_dvae(path: str, *, vocab_size: int, stride: int) -> DiscreteVAE:
     """Rebuild a trained dVAE from one of our training checkpoints, which says its own sizes.
 
     Args:
-        path: a `.ckpt` written by dVAE training.
+        path: a checkpoint of dVAE training.
         vocab_size, stride: what the rest of the recipe counts on; the checkpoint must agree.
 
     Raises:

@@ -59,6 +59,16 @@ class InertModule:
                 yield from child.tensors(f"{prefix}{name}.")
 
 
+class InertNamespace:
+    """Stands for `argparse.Namespace`, the settings of a training that released files carry."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, Any] = {}
+
+    def __setstate__(self, state: Any) -> None:
+        self.values = _string_keyed(state)
+
+
 def _string_keyed(value: Any) -> dict[str, Any]:
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
         raise pickle.UnpicklingError("a module without parameters and children")
@@ -74,6 +84,11 @@ def read_tensors(path: str | Path, *, what: str) -> dict[str, Tensor]:
     Raises:
         UserError: no such file, damaged, or holding anything but such tensors and modules.
     """
+    if "://" in str(path):
+        raise UserError(
+            f"{what}: {path} is not fetched: download it, compare its SHA-256 with the published "
+            "one (sha256sum FILE), and give the path of the file"
+        )
     path = Path(path).expanduser()
     if not path.is_file():
         raise UserError(f"{what}: no file at {path}; give the path of a file that exists")
@@ -82,10 +97,15 @@ def read_tensors(path: str | Path, *, what: str) -> dict[str, Tensor]:
             return load_file(path)
         except SafetensorError as error:
             raise UserError(f"{what}: {path} is damaged or not safetensors: {error}") from error
-    return _tensors_of(_read_inert(path, what), path, what)
+    return _tensors_of(read_inert(path, what), path, what)
 
 
-def _read_inert(path: Path, what: str) -> Any:
+def read_inert(path: Path, what: str) -> Any:
+    """What a file of `torch.save` holds: tensors and plain containers, stand-ins for the rest.
+
+    Raises:
+        UserError: damaged, or naming a class or function that has no stand-in.
+    """
     try:
         with path.open("rb") as stream:
             zipped = stream.read(4) == b"PK\x03\x04"
@@ -118,6 +138,7 @@ def _read_inert(path: Path, what: str) -> Any:
 
 def _read_zipped(path: Path) -> Any:
     stand_ins: list[Any] = [(InertModule, name) for name in ADMITTED_CLASSES]
+    stand_ins.append((InertNamespace, "argparse.Namespace"))
     with torch.serialization.safe_globals(stand_ins):
         return torch.load(path, map_location="cpu", weights_only=True)
 
@@ -137,6 +158,8 @@ class LegacyUnpickler(pickle.Unpickler):
         full_name = f"{module}.{name}"
         if full_name in ADMITTED_CLASSES:
             return InertModule
+        if full_name == "argparse.Namespace":
+            return InertNamespace
         if full_name in LEGACY_GLOBALS:
             return LEGACY_GLOBALS[full_name]
         raise pickle.UnpicklingError(f"Unsupported global: GLOBAL {full_name}")
@@ -167,6 +190,7 @@ LEGACY_GLOBALS: dict[str, Any] = {
     "torch._utils._rebuild_parameter": lambda data, *unused: data,
     "torch.FloatStorage": torch.float32,
     "torch.HalfStorage": torch.float16,
+    "torch.LongStorage": torch.int64,
 }
 
 

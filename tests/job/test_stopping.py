@@ -21,6 +21,7 @@ from beit.job.takeover import NoSignals
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from scripts.faults.forked import run_forked
 from scripts.faults.tiny import final, tiny_run
 
 
@@ -112,6 +113,18 @@ def test_averaged_weights_are_not_taken_for_the_trained_ones(tmp_path) -> None:
 def test_a_run_that_is_done_is_not_stopped_any_more(tmp_path, whole) -> None:
     run(tmp_path, Ask("on_train_end", step=6), per_device=4)
     assert final(tmp_path)["final"] == whole
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="forks")
+def test_a_signal_after_the_end_does_not_change_the_exit_code(tmp_path) -> None:
+    def body() -> int:
+        with signals.handled(ends_process=True):
+            run(tmp_path)
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.3)  # other ranks are waited for, files closed
+        return 0
+
+    assert run_forked(body, timeout=60).returncode == 0
 
 
 def test_a_stop_in_the_very_last_step_changes_nothing(tmp_path) -> None:

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from beit.checkpoints.file import write_file
 from beit.errors import UserError
 from beit.tokenizers.base import to_value_range
 from beit.tokenizers.dvae import DiscreteVAE, load_dvae
@@ -126,15 +127,15 @@ def write_checkpoint(path, dvae, target="beit.tokenizers.dvae.DiscreteVAE"):
     state = {f"tokenizer.{k}": v for k, v in dvae.state_dict().items()}
     state["recent_counts"] = torch.zeros(13, dtype=torch.int64)
     config = {"tokenizer": {"_target_": target, **SIZES}}
-    entry = {"config": config, "version": "0", "classes": None}
-    torch.save({"state_dict": state, "beit": entry}, path)
+    entry = {"config": config, "composed": config, "classes": None}
+    write_file(path, {"state_dict": state, "beit": entry})
     return str(path)
 
 
 def test_a_checkpoint_rebuilds_the_tokenizer_frozen(tmp_path):
     dvae = tokenizer().eval()
     dvae.encoder[-1].running_mean += 0.3  # statistics travel too
-    loaded = load_dvae(write_checkpoint(tmp_path / "a.ckpt", dvae), vocab_size=13, stride=8)
+    loaded = load_dvae(write_checkpoint(tmp_path / "a.safetensors", dvae), vocab_size=13, stride=8)
     assert torch.equal(loaded.encode(images()), dvae.encode(images()))
     assert not loaded.training
     assert not any(p.requires_grad for p in loaded.parameters())
@@ -142,13 +143,13 @@ def test_a_checkpoint_rebuilds_the_tokenizer_frozen(tmp_path):
 
 
 def test_a_checkpoint_of_other_numbers_or_another_kind_is_refused(tmp_path):
-    path = write_checkpoint(tmp_path / "a.ckpt", tokenizer())
+    path = write_checkpoint(tmp_path / "a.safetensors", tokenizer())
     with pytest.raises(UserError, match="vocab_size is 13, expected 17"):
         load_dvae(path, vocab_size=17, stride=8)
     with pytest.raises(UserError, match="stride is 8, expected 4"):
         load_dvae(path, vocab_size=13, stride=4)
-    path = write_checkpoint(tmp_path / "b.ckpt", tokenizer(), target="beit.models.vit.X")
+    path = write_checkpoint(tmp_path / "b.safetensors", tokenizer(), target="beit.models.vit.X")
     with pytest.raises(UserError, match="not of dVAE training"):
         load_dvae(path, vocab_size=13, stride=8)
-    with pytest.raises(UserError, match=r"nowhere.ckpt"):
-        load_dvae(str(tmp_path / "nowhere.ckpt"), vocab_size=13, stride=8)
+    with pytest.raises(UserError, match=r"nowhere.safetensors"):
+        load_dvae(str(tmp_path / "nowhere.safetensors"), vocab_size=13, stride=8)

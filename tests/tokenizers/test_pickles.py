@@ -197,3 +197,21 @@ def test_missing_and_false_safetensors(tmp_path):
     (tmp_path / "a.safetensors").write_bytes(b"no such thing")
     with pytest.raises(UserError, match="not safetensors"):
         read_tensors(tmp_path / "a.safetensors", what="weights")
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_the_environment_cannot_allow_code(tmp_path, monkeypatch, zipped):
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    marker = tmp_path / "ran"
+    for name, payload in payloads(marker):
+        path = tmp_path / f"{name}.pt"
+        torch.save(payload, path, _use_new_zipfile_serialization=zipped)
+        with pytest.raises(UserError, match="was refused"):
+            read_tensors(path, what="weights")
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("url", ["https://example.invalid/encoder.pkl", "file:///encoder.pkl"])
+def test_weights_are_not_fetched(url):
+    with pytest.raises(UserError, match=r"is not fetched.*SHA-256"):
+        read_tensors(url, what="weights")
