@@ -5,6 +5,7 @@ torch's kernels are gone, and what would use them waits for ever.
 """
 
 import contextlib
+import logging
 import os
 import select
 import signal
@@ -177,6 +178,15 @@ def _become_child(output: IO[bytes], environment: dict[str, str]) -> None:
     os.dup2(output.fileno(), 2)
     sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
     sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
+    _forget_logging()
+
+
+def _forget_logging() -> None:
+    """What the parent did before, another run or a test, must not decide what the child says."""
+    logger = logging.getLogger("beit")
+    logger.handlers.clear()
+    logger.setLevel(logging.NOTSET)
+    logger.propagate = True
 
 
 def _exit_code(function: Callable[..., Any], args: Any, kwargs: Any) -> int:

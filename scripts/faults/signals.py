@@ -16,7 +16,7 @@ import lightning as L
 from beit.job import signals
 from beit.job.exits import RunEnd, of_signal
 from scripts.faults.forked import Child, Outcome, start_forked, start_ranks
-from scripts.faults.tiny import final, tiny_run
+from scripts.faults.tiny import final, make_images, tiny_run
 
 ROW = "SIGTERM, SIGINT, SIGUSR1 to each process, at random times"
 TRIALS = 100
@@ -128,7 +128,7 @@ def draw(rng: random.Random, *, pair: bool) -> Trial:
 
 def check(trial: Trial, sweep: Sweep, folder: Path, *, ours: bool = True) -> tuple[str, float]:
     """(what is wrong with how the run ended, empty if nothing is; seconds from signal to end)."""
-    folder.mkdir()
+    make_images(folder / "images")  # a signal is not to cut one short
     children = _start(trial.setting, folder, trial=trial, ours=ours)
     try:
         _await_phase(folder / MARKS, trial, children[0])

@@ -130,7 +130,7 @@ def throw(error: BaseException, after: float = 0.3) -> Part:
     ("first", "second", "code", "words"),
     [
         (work, send_self(signal.SIGKILL), 4, "rank 1{}: its process is gone without a word"),
-        (send_self(signal.SIGKILL), work, -9, "rank 0{}: its process is gone without a word"),
+        (send_self(signal.SIGKILL), work, -9, "rank 0{} gone without a word"),
         (work, send_self(signal.SIGSTOP), 4, "rank 1{}: stopped, silent for"),
         (send_self(signal.SIGSTOP), work, -9, "rank 0{}: stopped, silent for"),
         (work, throw(ValueError("planted")), 1, "rank 1{}: ValueError: planted"),
