@@ -25,7 +25,7 @@ from beit.data.sampler import limited
 from beit.data.workers import losses_named
 from beit.errors import UserError
 from beit.interop.convert import any_checkpoint
-from beit.job import signals
+from beit.job import restarts, signals
 from beit.job.agreement import Agreement
 from beit.job.numbers import FiniteGuard
 from beit.job.ranks import RankWatch
@@ -88,6 +88,7 @@ def fit(cfg: DictConfig) -> dict[str, float]:
             run_log.open(folder / "train.log")
             run_folder.write_records(folder, OmegaConf.to_yaml(OmegaConf.create(settled)))
         _announce(cfg, task, world_size)
+        restarts.meet_again(trainer)
         with signals.handled(ends_process=False):  # where the command line has not done so before
             trainer.fit(task, datamodule=data, ckpt_path=beginning.path, weights_only=True)
         conclude(trainer)
