@@ -73,9 +73,11 @@ def _ended(end: exits.RunEnd) -> int:
 
 
 def _refuse(error: Exception) -> int:
+    from beit.printable import printable
     from beit.security.secrets import redacted
 
-    print(f"beit: error: {redacted(' '.join(str(error).split()))}", file=sys.stderr)
+    text = redacted(" ".join(str(error).split()))
+    print(f"beit: error: {printable(text, limit=len(text))}", file=sys.stderr)
     return int(exits.Exit.MISTAKE)
 
 

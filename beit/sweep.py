@@ -140,6 +140,8 @@ class Sweep:
         place = member.folder.replace("\\", "\\\\").replace("'", "\\'")
         words = [*member.overrides, f"paths.output_dir='{place}'", *self._flags]
         told = {PARENT: f"{os.getpid()}:{int(signal.SIGTERM)}", RESULT: str(result)}
+        if Path.cwd() != Path(__file__).resolve().parents[1]:
+            told["PYTHONSAFEPATH"] = "1"  # -m would import what lies in the current folder
         began = time.monotonic()
         # a session of its own: Ctrl-C reaches it once, from us
         self._running = subprocess.Popen(
