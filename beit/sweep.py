@@ -16,6 +16,7 @@ from types import FrameType
 from typing import Any
 
 from beit.errors import UserError
+from beit.files import replace_text
 from beit.job import exits
 from beit.job.processes import PARENT, ended
 
@@ -195,12 +196,4 @@ def _recorded(folder: Path) -> dict[int, Member]:
 
 
 def _write(path: Path, content: Any) -> None:
-    """Whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f"{path.name}.part")
-    with draft.open("w", encoding="utf-8") as file:
-        json.dump(content, file, indent=2)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(draft, path)
+    replace_text(path, json.dumps(content, indent=2) + "\n")

@@ -17,6 +17,7 @@ from beit.checkpoints.header import SUFFIX
 from beit.checkpoints.models import Checkpoint, as_checkpoint
 from beit.checkpoints.record import new_run_id
 from beit.errors import UserError
+from beit.files import replace_text
 from beit.run_folder import is_first_process
 
 log = logging.getLogger(__name__)
@@ -138,9 +139,7 @@ def read_run_id(folder: Path) -> str:
 
 def write_run_id(folder: Path, run_id: str) -> None:
     """Mark a folder as this run's."""
-    temporary = folder / f".{RUN_ID}.{os.getpid()}.part"
-    temporary.write_text(f"{run_id}\n", encoding="utf-8")
-    os.replace(temporary, folder / RUN_ID)
+    replace_text(folder / RUN_ID, f"{run_id}\n")
 
 
 def _newest(folder: Path) -> CheckpointFile | None:

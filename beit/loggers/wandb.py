@@ -16,6 +16,7 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 
 from beit.data.limits import not_negative
+from beit.files import replace_text
 
 log = logging.getLogger(__name__)
 
@@ -113,10 +114,7 @@ def _kept_id(folder: Path) -> str:
 
 def _new_id(folder: Path) -> str:
     made = secrets.token_hex(5)  # not from the generators that the seed governs
-    folder.mkdir(parents=True, exist_ok=True)
-    draft = folder / f"{ID_FILE}.part"
-    draft.write_text(made + "\n", encoding="utf-8")
-    os.replace(draft, folder / ID_FILE)
+    replace_text(folder / ID_FILE, f"{made}\n")
     return made
 
 

@@ -14,14 +14,13 @@ from typing import Any
 import lightning as L
 import torch
 
-from beit import runner
 from beit.checkpoints.errors import NoSpace
 from beit.checkpoints.file import verify, write_file
 from beit.errors import UserError
 from beit.job.exits import Exit, RunEnd
 from scripts.faults.forked import Outcome, run_forked
 from scripts.faults.saves import straight_to_its_name
-from scripts.faults.tiny import final, make_images, read_record, tiny_run
+from scripts.faults.tiny import add_callbacks, final, make_images, read_record, tiny_run
 
 ROW = "full disk in checkpoint, log and temporary folder"
 TRIALS = 4
@@ -125,7 +124,7 @@ def _run(
     os.environ.update(environment or {})
     tempfile.tempdir = None
     if ballast is not None:
-        _add_callback(Ballast(ballast))
+        add_callbacks(Ballast(ballast))
     try:
         words = ["callbacks.checkpoints.keep=-1", *settings.pop("words", [])]
         tiny_run(place, words=words, **settings)
@@ -133,17 +132,6 @@ def _run(
         print(end)
         return int(end.code)
     return 0
-
-
-def _add_callback(callback: L.Callback) -> None:
-    build = runner.build_trainer
-
-    def build_and_add(*args: Any, **kwargs: Any) -> L.Trainer:
-        trainer = build(*args, **kwargs)
-        trainer.callbacks.insert(0, callback)  # type: ignore[attr-defined]
-        return trainer
-
-    runner.build_trainer = build_and_add
 
 
 class Ballast(L.Callback):

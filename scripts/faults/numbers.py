@@ -18,7 +18,7 @@ from torch import Tensor
 from beit.job.exits import Exit, RunEnd
 from beit.job.numbers import FiniteGuard
 from scripts.faults.forked import Outcome, run_forked, run_ranks
-from scripts.faults.tiny import digest, tiny_run
+from scripts.faults.tiny import add_callbacks, digest, tiny_run
 
 ROW = "NaN or infinity in the loss or a gradient, on one rank"
 TRIALS = 60
@@ -133,7 +133,8 @@ def _train(folder: Path, trial: Trial, guarded: bool) -> int:
 
     log_to_console()
     words = [f"job.max_nonfinite_steps={trial.allowed}"]
-    with nullcontext() if guarded else _unguarded(), _with(Poison(trial, folder), Witness(folder)):
+    add_callbacks(Poison(trial, folder), Witness(folder))
+    with nullcontext() if guarded else _unguarded():
         try:
             tiny_run(
                 folder,
@@ -146,22 +147,6 @@ def _train(folder: Path, trial: Trial, guarded: bool) -> int:
         except RunEnd as end:
             return int(end.code)
     return 0
-
-
-@contextmanager
-def _with(*callbacks: L.Callback) -> Iterator[None]:
-    """More callbacks for the trainers that the runner builds."""
-    from beit import runner
-
-    build = runner.build_trainer
-
-    def build_and_add(*args: Any, **kwargs: Any) -> L.Trainer:
-        trainer = build(*args, **kwargs)
-        trainer.callbacks[:0] = callbacks  # type: ignore[attr-defined]
-        return trainer
-
-    with unittest.mock.patch.object(runner, "build_trainer", build_and_add):
-        yield
 
 
 @contextmanager

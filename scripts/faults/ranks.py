@@ -26,7 +26,7 @@ from beit.data.dataset import KeyedDataset
 from beit.job import processes
 from beit.job.member import UNWIND
 from scripts.faults.forked import free_port
-from scripts.faults.tiny import make_images, tiny_config
+from scripts.faults.tiny import add_callbacks, make_images, tiny_config
 
 ROW = "one of two ranks is killed, stopped, hangs, raises or is cut off"
 TRIALS = 60
@@ -233,15 +233,8 @@ class Job:
             (self.folder / "when").write_text(str(time.time()))
             time.sleep(0.5)
             cfg.init_from = "planted"
-        build = runner.build_trainer
-
-        def build_and_add(*args: Any, **kwargs: Any) -> L.Trainer:
-            trainer = build(*args, **kwargs)
-            if mine:
-                trainer.callbacks.insert(1, Fault(fault, self.folder / "when", self._cut))
-            return trainer
-
-        runner.build_trainer = build_and_add
+        if mine:
+            add_callbacks(Fault(fault, self.folder / "when", self._cut), at=1)
         if not watched:
             runner.RankWatch = Unwatched
         return _exit_code(cfg)

@@ -16,7 +16,7 @@ import lightning as L
 from beit.job import signals
 from beit.job.exits import RunEnd, of_signal
 from scripts.faults.forked import Child, Outcome, start_forked, start_ranks
-from scripts.faults.tiny import final, make_images, tiny_run
+from scripts.faults.tiny import add_callbacks, final, make_images, tiny_run
 
 ROW = "SIGTERM, SIGINT, SIGUSR1 to each process, at random times"
 TRIALS = 100
@@ -195,8 +195,9 @@ def _train(
     from beit.console import log_to_console
 
     log_to_console()
-    added = [Marks(folder, trial)] if trial is not None else []
-    with _handlers(ours), _with(*added):
+    if trial is not None:
+        add_callbacks(Marks(folder, trial))
+    with _handlers(ours):
         with contextlib.suppress(FileExistsError):
             (folder / MARKS).open("x").close()  # from here on we are asked, not the kernel
         try:
@@ -220,22 +221,6 @@ def _handlers(ours: bool) -> Iterator[None]:
 @contextlib.contextmanager
 def _unhandled(*, ends_process: bool) -> Iterator[None]:
     yield
-
-
-@contextlib.contextmanager
-def _with(*callbacks: L.Callback) -> Iterator[None]:
-    """More callbacks for the trainers that the runner builds."""
-    from beit import runner
-
-    build = runner.build_trainer
-
-    def build_and_add(*args: Any, **kwargs: Any) -> L.Trainer:
-        trainer = build(*args, **kwargs)
-        trainer.callbacks[:0] = callbacks  # type: ignore[attr-defined]
-        return trainer
-
-    with unittest.mock.patch.object(runner, "build_trainer", build_and_add):
-        yield
 
 
 class Marks(L.Callback):

@@ -160,15 +160,23 @@ def tiny_run(
     added: list[L.Callback] = [Recorder(folder / RECORD)] if record else []
     if kill_at:
         added.append(Kill(*kill_at))
+    add_callbacks(*added)
+    runner.fit(cfg)
+
+
+def add_callbacks(*callbacks: L.Callback, at: int = 0) -> None:
+    """More callbacks for the trainers that the runner builds in this process, from position `at`.
+
+    For good, so call it in a child.
+    """
     build = runner.build_trainer
 
     def build_and_add(*args: Any, **kwargs: Any) -> L.Trainer:
         trainer = build(*args, **kwargs)
-        trainer.callbacks[:0] = added  # type: ignore[attr-defined]
+        trainer.callbacks[at:at] = callbacks  # type: ignore[attr-defined]
         return trainer
 
     runner.build_trainer = build_and_add
-    runner.fit(cfg)
 
 
 def _draw_from_globals() -> None:
