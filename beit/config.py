@@ -69,6 +69,8 @@ class TrainConfig:
     name: str = MISSING  # of the run; its folder under paths.runs_dir
     seed: int = 0
     labels_per_class: Any = "all"  # train on this many labelled images of each class
+    views_per_image: int | None = None  # pretraining: so many crops of each, again and again
+    token_cache: str | None = None  # pretraining: the folder that keeps those views' tokens
     resume: str | None = None  # the same run goes on: a checkpoint, or 'auto'
     allow_changes: list[str] = field(default_factory=list)  # keys in which a resumed run may differ
     init_from: str | None = None  # a new run starts from the weights of this checkpoint
@@ -244,6 +246,9 @@ def check(cfg: DictConfig) -> None:
             f"resume={cfg.resume} and init_from={cfg.init_from} exclude each other: resume goes "
             "on with the same run, init_from starts a new run from those weights"
         )
+    for key in ("views_per_image", "token_cache"):
+        if cfg[key] is not None and cfg.task_name != "mim":
+            raise UserError(f"{key}={cfg[key]} is of task=mim alone, and this is {cfg.task_name}")
     checks.check_seed(cfg.seed)
     checks.check_trainer(dict(cfg.trainer))
     if cfg.normalize is not None:

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import logging
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -180,6 +181,38 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
     trainer = config.instantiate(cfg.trainer, logger=False, enable_checkpointing=False)
     metrics = trainer.validate(task, datamodule=data, verbose=False)
     return {key: float(value) for key, value in metrics[0].items()}
+
+
+def tokenize(cfg: DictConfig) -> dict[str, int]:
+    """Fill the token cache of a pretraining, on the devices of its trainer. Returns the counts.
+
+    What is there stays, so an interrupted call is gone on with by the next one.
+    """
+    config.check(cfg)
+    world_size = config.settle_devices(cfg)
+    trainer = cfg.trainer
+    fabric = L.Fabric(
+        accelerator=trainer.accelerator,
+        devices=trainer.devices,
+        num_nodes=trainer.get("num_nodes", 1),
+        strategy="ddp" if world_size > 1 else "auto",
+    )
+    fabric.launch()
+    data = config.instantiate(cfg.datamodule)
+    if not hasattr(data, "fill_caches"):
+        raise UserError(f"task={cfg.task_name} has no visual tokens to keep: say task=mim")
+    data.check(world_size=world_size, accumulate=trainer.accumulate_grad_batches)
+    begin = time.monotonic()
+    counts = data.fill_caches(fabric.device, rank=fabric.global_rank, world_size=world_size)
+    fabric.barrier()
+    seconds = time.monotonic() - begin
+    views = counts["train"] + counts.get("val", 0)
+    if fabric.is_global_zero:
+        log.info(
+            "%s: %d views of this process in %.1f s (%.1f/s), %d unreadable",
+            *(cfg.token_cache, views, seconds, views / seconds, counts["unreadable"]),
+        )
+    return counts
 
 
 def load_model(path: str | Path) -> torch.nn.Module:

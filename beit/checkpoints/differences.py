@@ -28,6 +28,8 @@ FREE = {
     "datamodule.train": True,
     "datamodule.val": True,
     "tokenizer.path": True,
+    "token_cache": True,
+    "datamodule.token_cache": True,
     # the global batch is what counts, however it is spread
     "batch.per_device": True,
     "loader.batch_size_per_device": True,

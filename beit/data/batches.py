@@ -9,13 +9,29 @@ from torch import Tensor
 
 
 class TwoViewBatch(NamedTuple):
-    """What the pretraining loader yields: raw bytes, a quarter of the traffic of floats."""
+    """What the pretraining loader yields: raw bytes, a quarter of the traffic of floats.
+
+    A sample whose tokens are known has no second view: T of the B samples have one, in order.
+    """
 
     images: Tensor  # (B, 3, H, W) uint8, the encoder's view
-    token_images: Tensor  # (B, 3, H', W') uint8, the tokenizer's view of the same crop
+    token_images: Tensor  # (T, 3, H', W') uint8, the tokenizer's view of the same crop
+    token_ids: Tensor  # (B, h, w) int32, read from the token cache; -1 where there is a second view
+    cache_rows: Tensor  # (B,) int64, where to keep the tokens; -1: nowhere
     mask: Tensor  # (B, h, w) bool, True where the patch is hidden
     indices: Tensor  # (B,) int64, index of the sample in its source
     failed: Tensor  # (B,) int64, -1 or the unreadable image that this sample stands in for
+
+    @property
+    def has_view(self) -> Tensor:
+        """(B,) bool: whether `token_images` holds the sample's second view."""
+        return self.token_ids[:, 0, 0] < 0
+
+    def kept(self, chosen: Tensor) -> "TwoViewBatch":
+        """The samples where `chosen` (B,) bool is True."""
+        views = self.token_images[chosen[self.has_view]]
+        rest = [field[chosen] for field in self._replace(token_images=chosen)]
+        return TwoViewBatch(*rest)._replace(token_images=views)
 
 
 class MIMBatch(NamedTuple):

@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,6 +14,7 @@ from torch.utils.data import Dataset, get_worker_info
 from beit.data.images import UnreadableImage
 from beit.data.randomness import sample_key, sample_rng
 from beit.data.sources import ImageSource
+from beit.data.token_cache import TokenCache
 from beit.data.views import EvalTransform, PixelTransform, TrainTransform, TwoViewTransform
 from beit.data.workers import Failure, SampleError, fault
 from beit.errors import UserError
@@ -38,20 +39,21 @@ class SampleKey:
     seed: int
     epoch: int
     index: int
+    stands_in: bool = False  # the image is another's: its own could not be read
 
     def rng(self, stream: str) -> random.Random:
         return sample_rng(self.seed, self.epoch, self.index, stream)
 
 
 # an image, its label and its key -> the tensors of one sample
-MakeSample = Callable[[Image.Image, int | None, SampleKey], tuple[Tensor, ...]]
+MakeSample = Callable[[Image.Image, int | None, SampleKey], tuple[Tensor | None, ...]]
 
 
 @dataclass(frozen=True)
 class Sample:
     """One sample before collation."""
 
-    tensors: tuple[Tensor, ...]
+    tensors: tuple[Tensor | None, ...]  # None: a second view that nobody needs
     index: int
     failed: int  # -1, or the unreadable image that this one stands in for
     reason: str = ""  # its name and why it could not be read
@@ -83,7 +85,8 @@ class KeyedDataset(Dataset[Sample]):
         epoch, index = key
         try:
             image, label, loaded, reason = self._load(index)
-            tensors = self.make_sample(image, label, SampleKey(self.seed, epoch, index))
+            key_of_sample = SampleKey(self.seed, epoch, index, stands_in=loaded != index)
+            tensors = self.make_sample(image, label, key_of_sample)
         except (UserError, RunEnd):
             raise
         except Exception as error:
@@ -127,15 +130,45 @@ def _nobody(index: int) -> None:
 
 
 class TwoViewSample:
-    """(image, token_image, mask) for pretraining."""
+    """The first five fields of a TwoViewBatch, for pretraining.
 
-    def __init__(self, views: TwoViewTransform, masking: Masking) -> None:
+    With `views_per_image` K an image has K crops, drawn from (seed, epoch mod K, index), where it
+    otherwise has a new one in each epoch; its masks are new in each epoch all the same. With a
+    `cache` the second view is left out wherever its tokens are there.
+    """
+
+    def __init__(
+        self,
+        views: TwoViewTransform,
+        masking: Masking,
+        *,
+        views_per_image: int | None = None,
+        cache: TokenCache | None = None,
+    ) -> None:
+        assert cache is None or cache.views == views_per_image, "a cache needs views to come again"
         self.views = views
         self.masking = masking
+        self.views_per_image = views_per_image
+        self.cache = cache
+        self._no_ids = torch.full(masking.grid, -1, dtype=torch.int32)
 
-    def __call__(self, image: Image.Image, label: int | None, key: SampleKey) -> tuple[Tensor, ...]:
-        view, token_view = self.views(image, key.rng("views"))
-        return view, token_view, torch.from_numpy(self.masking(key.rng("mask")))
+    def __call__(
+        self, image: Image.Image, label: int | None, key: SampleKey
+    ) -> tuple[Tensor | None, ...]:
+        view = key.epoch % self.views_per_image if self.views_per_image else key.epoch
+        # a stand-in is of another image than the row is meant for
+        keep = self.cache is not None and not key.stands_in
+        row = self.cache.row(view, key.index) if self.cache and keep else -1
+        known = self.cache.read(row) if self.cache and keep else None
+        rng = replace(key, epoch=view).rng("views")
+        first, second = self.views(image, rng, token_view=known is None)
+        return (
+            first,
+            second,
+            self._no_ids if known is None else torch.from_numpy(known),
+            torch.tensor(row),
+            torch.from_numpy(self.masking(key.rng("mask"))),
+        )
 
 
 class PixelSample:
@@ -175,10 +208,16 @@ class Collate:
         self.batch_type = batch_type
 
     def __call__(self, samples: Sequence[Sample]) -> Any:
-        fields = [torch.stack(field) for field in zip(*(s.tensors for s in samples), strict=True)]
+        fields = [_joined(field) for field in zip(*(s.tensors for s in samples), strict=True)]
         indices = torch.tensor([sample.index for sample in samples])
         failed = torch.tensor([sample.failed for sample in samples])
         return self.batch_type(*fields, indices, failed)
+
+
+def _joined(field: Sequence[Tensor | None]) -> Tensor:
+    """One field of all samples; of a second view, of those that have one."""
+    there = [value for value in field if value is not None]
+    return torch.stack(there) if there else torch.empty(0, dtype=torch.uint8)
 
 
 def _target(label: int | None) -> Tensor:

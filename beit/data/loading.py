@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader
 
+from beit.data.batches import TwoViewBatch
 from beit.data.dataset import Collate, KeyedDataset
 from beit.data.limits import not_negative, whole_number
 from beit.data.sampler import (
@@ -228,6 +229,8 @@ class Loaders:
             return batch
         if not bool(kept.any()):
             kept[0] = True
+        if isinstance(batch, TwoViewBatch):
+            return batch.kept(kept)
         return type(batch)(*(field[kept] for field in batch))
 
 

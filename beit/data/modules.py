@@ -1,122 +1,23 @@
-"""Data modules: sources, transforms and loaders of each task, and what happens on the device."""
+"""Data modules of classification and of tokenizer training; pretraining has a file of its own."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
-import torch
 from timm.data import Mixup
-from torch import Tensor, nn
+from torch import Tensor
 
-from beit.data import fingerprint
-from beit.data.batches import LabelledBatch, MIMBatch, PixelBatch, TwoViewBatch
-from beit.data.dataset import (
-    EvalLabelledSample,
-    Masking,
-    PixelSample,
-    TrainLabelledSample,
-    TwoViewSample,
-)
+from beit.data.batches import LabelledBatch, PixelBatch
+from beit.data.dataset import EvalLabelledSample, PixelSample, TrainLabelledSample
 from beit.data.image_data import ImageData as ImageData
 from beit.data.label_checks import check_labels, number_of_classes, shared_classes
-from beit.data.limits import checked_normalisation
 from beit.data.loading import Loaders as Loaders
 from beit.data.loading import LoaderSettings as LoaderSettings
 from beit.data.randomness import keyed_global_rng
 from beit.data.sources import ImageSource
-from beit.data.views import EvalTransform, PixelTransform, TrainTransform, TwoViewTransform
+from beit.data.views import EvalTransform, PixelTransform, TrainTransform
 from beit.errors import UserError
-from beit.sizes import height_width
-from beit.tokenizers.base import Tokenizer, to_value_range
 
 Mixing = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-
-
-class PretrainingData(ImageData):
-    """Images, masks and visual tokens for masked image modelling.
-
-    The loader yields a TwoViewBatch of bytes; on the device it becomes a MIMBatch: the encoder's
-    view normalised by `mean` and `std`, the tokenizer's view as token ids. The tokenizer is frozen,
-    follows the batch to its device, and is part of no checkpoint.
-
-    Raises:
-        UserError: the tokenizer's grid is not the grid of the masking, or `mean` and `std` are not
-            three numbers each; see also `check`.
-    """
-
-    def __init__(
-        self,
-        train: ImageSource,
-        val: ImageSource | None,
-        *,
-        views: TwoViewTransform,
-        masking: Masking,
-        tokenizer: Tokenizer,
-        mean: Sequence[float],
-        std: Sequence[float],
-        loader: LoaderSettings,
-        tokenizer_precision: str = "bf16",
-    ) -> None:
-        if tokenizer_precision not in ("bf16", "fp32"):
-            raise UserError(f"tokenizer_precision '{tokenizer_precision}': expected bf16 or fp32")
-        token_grid = tuple(tokenizer.grid(views.token_image_size))
-        if token_grid != tuple(masking.grid):
-            raise UserError(
-                f"the tokenizer makes {token_grid[0]}x{token_grid[1]} tokens of its "
-                f"{views.token_image_size[0]}x{views.token_image_size[1]} view, but the mask has "
-                f"{masking.grid[0]}x{masking.grid[1]} patches; set the view to "
-                f"{masking.grid[0] * tokenizer.stride}x{masking.grid[1] * tokenizer.stride}"
-            )
-        make_sample = TwoViewSample(views, masking)
-        mean, std = checked_normalisation(mean, std)
-        described = (
-            f"views {views!r}",
-            f"encoder's view normalised by mean {mean}, std {std}",
-            f"masking {masking!r}",
-            f"tokenizer {_name(tokenizer)}",
-        )
-        super().__init__(
-            loader,
-            TwoViewBatch,
-            train=(train, make_sample),
-            val=(val, make_sample),
-            described=described,
-            warned_of=_size_warning(tokenizer, views.token_image_size),
-        )
-        assert isinstance(tokenizer, nn.Module)
-        self.tokenizer = tokenizer.eval().requires_grad_(False)
-        self.tokenizer_precision = tokenizer_precision
-        self.mean, self.std = torch.tensor(mean), torch.tensor(std)
-
-    def fingerprint(self) -> dict[str, Any]:
-        """The same with the tokenizer's weights, which make the targets."""
-        return {**super().fingerprint(), "tokenizer": fingerprint.of_module(self.tokenizer)}
-
-    def on_after_batch_transfer(self, batch: TwoViewBatch, dataloader_idx: int) -> MIMBatch:
-        return MIMBatch(
-            self.normalize(batch.images),
-            batch.mask,
-            self.tokenize(batch.token_images),
-            batch.indices,
-        )
-
-    def normalize(self, images: Tensor) -> Tensor:
-        """uint8 (B, 3, H, W) -> float, normalised for the encoder."""
-        mean, std = (_channels(values, images) for values in (self.mean, self.std))
-        return images.float().sub_(mean * 255).div_(std * 255)
-
-    def denormalize(self, images: Tensor) -> Tensor:
-        """The encoder's images (B, 3, H, W) back to [0, 1]."""
-        return images.float() * _channels(self.std, images) + _channels(self.mean, images)
-
-    @torch.no_grad()
-    def tokenize(self, token_images: Tensor) -> Tensor:
-        """uint8 (B, 3, H', W') -> token ids (B, h, w) int64."""
-        device = token_images.device
-        self.tokenizer.to(device)  # moves once; afterwards there is nothing to move
-        pixels = to_value_range(token_images.float().div_(255), self.tokenizer.value_range)
-        bf16 = self.tokenizer_precision == "bf16"
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
-            return self.tokenizer.encode(pixels)
 
 
 class ClassificationData(ImageData):
@@ -227,28 +128,3 @@ class TokenizerData(ImageData):
 
     def on_after_batch_transfer(self, batch: PixelBatch, dataloader_idx: int) -> PixelBatch:
         return batch._replace(images=batch.images.float().div_(255))
-
-
-def _name(tokenizer: Tokenizer) -> str:
-    low, high = tokenizer.value_range
-    return (
-        f"{type(tokenizer).__name__}(vocab_size={tokenizer.vocab_size}, "
-        f"stride={tokenizer.stride}, value_range={low:.4g}..{high:.4g})"
-    )
-
-
-def _size_warning(tokenizer: Tokenizer, view: tuple[int, int]) -> tuple[str, ...]:
-    """A line for a tokenizer that was trained on another scale; some do not say which."""
-    trained = getattr(tokenizer, "image_size", None)
-    if trained is None or height_width(trained) == view:
-        return ()
-    height, width = height_width(trained)
-    return (
-        f"the tokenizer was trained at {height}x{width} px and gets {view[0]}x{view[1]} px: it "
-        f"sees things {view[0] / height:.3g} times as tall as it has learnt, so its tokens may be "
-        "poor; train one at this size, or change the image or patch size",
-    )
-
-
-def _channels(values: Tensor, images: Tensor) -> Tensor:
-    return values.to(images.device)[:, None, None]

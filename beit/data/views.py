@@ -76,16 +76,28 @@ class TwoViewTransform:
         self._resample = checked_interpolation(image_interpolation)
         self._token_resample = checked_interpolation(token_interpolation)
 
-    def __call__(self, image: Image.Image, rng: random.Random) -> tuple[Tensor, Tensor]:
-        """An RGB image -> uint8 (3, H, W) for the encoder and (3, H', W') for the tokenizer."""
+    def __call__(
+        self, image: Image.Image, rng: random.Random, *, token_view: bool = True
+    ) -> tuple[Tensor, Tensor | None]:
+        """An RGB image -> uint8 (3, H, W) for the encoder and (3, H', W') for the tokenizer.
+
+        Without `token_view` the second is None, and nothing else changes.
+        """
+        crop = self._crop(image, rng)
+        return (
+            resized(crop, self.image_size, self._resample),
+            resized(crop, self.token_image_size, self._token_resample) if token_view else None,
+        )
+
+    def token_view(self, image: Image.Image, rng: random.Random) -> Tensor:
+        """The second view alone."""
+        return resized(self._crop(image, rng), self.token_image_size, self._token_resample)
+
+    def _crop(self, image: Image.Image, rng: random.Random) -> Image.Image:
         jitter = draw_jitter(rng, self.color_jitter)
         mirrored = rng.random() < self.flip
         box = draw_crop(rng, image.size, self.scale, self.ratio)
-        crop = jittered_crop(image, jitter, box, mirrored)
-        return (
-            resized(crop, self.image_size, self._resample),
-            resized(crop, self.token_image_size, self._token_resample),
-        )
+        return jittered_crop(image, jitter, box, mirrored)
 
     def __repr__(self) -> str:
         return (

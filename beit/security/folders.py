@@ -15,11 +15,13 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 
 from beit.errors import UserError
-from beit.security import limits
+from beit.security import limits, targets
 
 OURS = ("paths.runs_dir", "paths.output_dir")
 # nodes whose objects write; what they write lies in the run's folder
 WRITERS = ("callbacks", "logger", "trainer", "job")
+# rooms whose objects may write; in another group nobody would look at where
+_WRITING = ("lightning.", "beit.callbacks.", "beit.checkpoints.", "beit.job.", "beit.loggers.")
 # arguments that are a folder or a file of their own, not a name within one
 WHOLE_PATHS = frozenset(
     {"default_root_dir", "dir", "dirpath", "folder", "log_dir", "metrics_file", "path"}
@@ -45,6 +47,9 @@ def check_folders(cfg: DictConfig, words: list[str]) -> None:
         raise UserError(f"paths.runs_dir={runs} lies outside the current folder: {_OUTSIDE}")
     if "paths.output_dir" not in typed and not (_within(run, runs) and not _same(run, runs)):
         raise UserError(f"paths.output_dir={run} lies outside of paths.runs_dir={runs}: {_OUTSIDE}")
+    tokens = _value(cfg, "token_cache")
+    if tokens is not None and "token_cache" not in typed and not _within(tokens, runs):
+        raise UserError(f"token_cache={tokens} lies outside of paths.runs_dir={runs}: {_OUTSIDE}")
     sweep = _value(cfg, "hydra.sweep.dir")
     if sweep is not None and "hydra.sweep.dir" not in typed and not _within(sweep, runs):
         raise UserError(f"hydra.sweep.dir={sweep} lies outside of paths.runs_dir={runs}")
@@ -57,26 +62,42 @@ def check_folders(cfg: DictConfig, words: list[str]) -> None:
     check_downloads(cfg, words)
 
 
+def check_places(content: Any) -> None:
+    """Raises UserError for an object that writes or downloads where its folder is not looked at."""
+    for place, node in targets.nodes(content):
+        key = ".".join(map(str, place))
+        if node["_target_"].startswith(_WRITING) and place[:1] not in {(w,) for w in WRITERS}:
+            raise UserError(
+                f"{key}: {node['_target_']} writes, and may only stand in {', '.join(WRITERS)}"
+            )
+        if node.get("download") and place[:1] != ("data",):
+            raise UserError(f"{key}.download: only what stands in data may download")
+
+
 def _typed(cfg: DictConfig, words: list[str]) -> set[str]:
     """Keys whose values are the user's own."""
-    typed = {word.lstrip("+").partition("=")[0] for word in words} | _local_keys()
-    return typed | {f"paths.{key}" for key in cfg.paths} if "paths" in typed else typed
+    typed = {word.lstrip("+").partition("=")[0] for word in words}
+    if "paths" in typed:
+        return typed | {f"paths.{key}" for key in cfg.paths}
+    chosen: Any = OmegaConf.to_container(cfg.paths, resolve=False)
+    # a recipe may have put another file of that name, or another value, in its place
+    return typed | {f"paths.{k}" for k, v in _local_paths().items() if chosen.get(k) == v}
 
 
-def _local_keys() -> set[str]:
+def _local_paths() -> dict[str, Any]:
     """Folders that stand in the user's own file, configs/local/default.yaml of the checkout."""
     from beit.config import config_dir
 
     path = config_dir() / "local" / "default.yaml"
     if not path.is_file():
-        return set()
+        return {}
     with path.open(encoding="utf-8") as stream:
         try:
             content = yaml.load(stream, Loader=limits.bounded_loader())
         except yaml.YAMLError:
-            return set()
+            return {}
     paths = content.get("paths") if isinstance(content, dict) else None
-    return {f"paths.{key}" for key in paths} if isinstance(paths, dict) else set()
+    return paths if isinstance(paths, dict) else {}
 
 
 def _value(cfg: DictConfig, key: str) -> str | None:
@@ -144,15 +165,12 @@ def check_downloads(cfg: DictConfig, words: list[str]) -> None:
     """Data sets are downloaded below paths.data_dir, which is the user's to choose as well."""
     typed = _typed(cfg, words)
     data = _value(cfg, "paths.data_dir")
-    node = _resolved(cfg, "data") or {}
-    for split, source in node.items() if isinstance(node, dict) else ():
-        if not isinstance(source, dict) or not source.get("download"):
+    for place, source in targets.nodes(_resolved(cfg, "data"), ("data",)):
+        key, root = f"{'.'.join(map(str, place))}.root", str(source.get("root", ""))
+        if not source.get("download") or key in typed:
             continue
-        root = str(source.get("root", ""))
-        if f"data.{split}.root" in typed:
-            continue
-        if data is None or not _within(root, data):
-            raise UserError(f"data.{split}.root={root} lies outside of paths.data_dir={data}")
+        if data is None or "_args_" in source or not _within(root, data):
+            raise UserError(f"{key}={root} lies outside of paths.data_dir={data}")
         if "paths.data_dir" not in typed and not _within(data, "."):
             raise UserError(f"paths.data_dir={data} lies outside the current folder: {_OUTSIDE}")
 

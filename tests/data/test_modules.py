@@ -12,7 +12,8 @@ from torch import nn
 from beit.data.batches import LabelledBatch, MIMBatch, PixelBatch
 from beit.data.loading import LoaderSettings
 from beit.data.masking import BlockwiseMasking
-from beit.data.modules import ClassificationData, PretrainingData, TokenizerData
+from beit.data.modules import ClassificationData, TokenizerData
+from beit.data.pretraining import PretrainingData
 from beit.data.sources import UnreadableImage
 from beit.data.views import EvalTransform, PixelTransform, TrainTransform, TwoViewTransform
 from beit.errors import UserError
