@@ -1,7 +1,9 @@
 """Images from other libraries' data sets: torchvision and scikit-learn."""
 
+import contextlib
 import difflib
 import inspect
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import numpy as np
 from PIL import Image
 from torchvision import datasets as torchvision_datasets
 
+from beit.data.file_sources import open_image
 from beit.data.images import BROKEN_FILE_ERRORS, UnreadableImage, open_rgb, to_rgb
 from beit.errors import UserError
 
@@ -35,7 +38,7 @@ class TorchvisionSource:
                 f"torchvision data set '{name}' keeps a pickle beside its images, which "
                 "may hold code; give the images as a folder (data=folder)"
             )
-        if name not in torchvision_datasets.__all__:
+        if not inspect.isclass(getattr(torchvision_datasets, name, None)):
             close = difflib.get_close_matches(name, torchvision_datasets.__all__, n=3, cutoff=0.4)
             raise UserError(
                 f"torchvision data set '{name}': no such class; "
@@ -59,7 +62,8 @@ class TorchvisionSource:
         return np.asarray(labels, dtype=np.int64)
 
     def _targets_one_by_one(self) -> list[Any]:
-        return [self._data[index][1] for index in range(len(self._data))]
+        with _guarded():
+            return [self._data[index][1] for index in range(len(self._data))]
 
     def _read_classes(self) -> list[str]:
         assert self.labels is not None
@@ -72,8 +76,9 @@ class TorchvisionSource:
 
     def load(self, index: int) -> tuple[Image.Image, int | None]:
         try:
-            image, label = self._data[index]
-        except BROKEN_FILE_ERRORS as error:  # of the data sets that open their files themselves
+            with _guarded():
+                image, label = self._data[index]
+        except BROKEN_FILE_ERRORS as error:  # of those that keep their images in other files
             raise UnreadableImage(self.name(index), str(error)) from error
         if not isinstance(image, Image.Image):
             image = Image.fromarray(np.asarray(image))
@@ -137,8 +142,17 @@ def _construct(name: str, root: str | Path, download: bool, options: dict[str, A
         options["root"] = str(Path(root).expanduser())
     if "download" in known:
         options["download"] = download
-    if "loader" in known:  # its own would leave the EXIF orientation out
-        options["loader"] = _load_file
+    if "loader" in known and known["loader"].default is inspect.Parameter.empty:
+        options["loader"] = open_image
+    missing = [
+        key
+        for key, parameter in known.items()
+        if parameter.default is parameter.empty
+        and parameter.kind is not parameter.VAR_KEYWORD
+        and key not in options
+    ]
+    if missing:
+        raise UserError(f"torchvision {name}: '{missing[0]}' has no value; it stands beside `name`")
     try:
         return factory(**options)
     except (RuntimeError, ValueError, OSError) as error:
@@ -158,5 +172,22 @@ def _digits_split(targets: np.ndarray, split: str) -> np.ndarray:
     return np.sort(parts[split])
 
 
-def _load_file(path: str) -> Image.Image:
-    return open_rgb(path, str(path))
+@contextlib.contextmanager
+def _guarded() -> Iterator[None]:
+    """Within it Pillow's `Image.open`, by which torchvision opens files, is our own.
+
+    Not all of its data sets take a `loader`. Theirs leaves out the EXIF orientation, too.
+    """
+    plain = Image.open
+    Image.open = _open  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        Image.open = plain
+
+
+def _open(file: Any, *_: Any, **__: Any) -> Image.Image:
+    path = file if isinstance(file, str | Path) else getattr(file, "name", None)
+    if isinstance(path, str | Path):
+        return open_image(path)
+    return open_rgb(file.read(), "a picture within a file")

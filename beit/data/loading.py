@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader
 
+from beit.data import opening
 from beit.data.batches import TwoViewBatch
 from beit.data.dataset import Collate, KeyedDataset
 from beit.data.limits import not_negative, whole_number
@@ -36,6 +37,7 @@ class LoaderSettings:
             on a rank before the run is refused.
         timeout_seconds: how long a batch may take to come from a worker; 0 waits for ever.
         prefetch_factor: batches read ahead by each worker.
+        max_image_pixels: an image of more is not decoded; it counts as unreadable.
         check_images: images of each source that are decoded before training begins.
         last_batch: the images of an epoch that fill no global batch: "drop" leaves them out (others
             in each epoch), "keep" has a last step of fewer images.
@@ -48,12 +50,14 @@ class LoaderSettings:
     max_unreadable_images: int = 100
     timeout_seconds: float = 300.0
     prefetch_factor: int = 4
+    max_image_pixels: int = opening.MAX_PIXELS
     check_images: int = 64
     last_batch: Literal["drop", "keep"] = "drop"
 
     def __post_init__(self) -> None:
         for name in ("global_batch_size", "batch_size_per_device", "prefetch_factor"):
             whole_number(name, getattr(self, name), at_least=1)
+        whole_number("max_image_pixels", self.max_image_pixels, at_least=1)
         for name in ("num_workers", "seed", "max_unreadable_images", "check_images"):
             whole_number(name, getattr(self, name), at_least=0)
         not_negative("timeout_seconds", self.timeout_seconds)
@@ -73,6 +77,7 @@ class Loaders:
         val: KeyedDataset | None,
     ) -> None:
         self.settings = settings
+        opening.limit_pixels(settings.max_image_pixels)
         self.train_data = train
         self.val_data = val
         self.unreadable = UnreadableImages(settings.max_unreadable_images)

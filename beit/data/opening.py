@@ -17,7 +17,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")
 
 # A decoded image takes up to 10 bytes a pixel on its way to RGB: 1.3 GB at most, in each worker.
 # Photographs of the largest medium-format sensors but one have 102 million.
-MAX_PIXELS = 128_000_000
+MAX_PIXELS = 128_000_000  # unless loader.max_image_pixels says otherwise
 # What claims more than this must also be as long as any photograph is, and a drawing nearly always:
 # one byte for 200 pixels. (A white PNG of 10,000 x 10,000 has one for 340 to 1,000.)
 SPARSE_PIXELS = 50_000_000
@@ -35,6 +35,12 @@ class Refused(ValueError):
     """A file that is not decoded, and why."""
 
 
+def limit_pixels(count: int) -> None:
+    """From now on this process decodes no image of more pixels."""
+    global MAX_PIXELS
+    MAX_PIXELS = count
+
+
 def read_file(path: str | Path) -> bytes:
     """All bytes of a regular file.
 
@@ -48,9 +54,11 @@ def read_file(path: str | Path) -> bytes:
     """
     _check_regular(os.stat(path))
     flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK  # it may have been exchanged since
-    with open(os.open(path, flags), "rb", buffering=0) as file:
-        _check_regular(os.fstat(file.fileno()))
-        return file.read() or b""
+    with open(os.open(path, flags), "rb") as file:
+        status = os.fstat(file.fileno())
+        _check_regular(status)
+        # no more than it claims: some of /proc claim nothing and go on for ever
+        return file.read(status.st_size)
 
 
 def _check_regular(status: os.stat_result) -> None:
@@ -65,8 +73,9 @@ def _check_regular(status: os.stat_result) -> None:
 
 
 def _check_length(count: int) -> None:
-    if count > MAX_FILE_BYTES:
-        raise Refused(f"{count:,} bytes, more than {MAX_FILE_BYTES:,}")
+    limit = max(MAX_FILE_BYTES, 4 * MAX_PIXELS)
+    if count > limit:
+        raise Refused(f"{count:,} bytes, more than {limit:,}")
 
 
 def open_header(data: bytes) -> ImageFile.ImageFile:
@@ -133,7 +142,7 @@ def _check_size(size: tuple[int, int], count: int) -> None:
     if max(size) > MAX_SIDE:
         raise Refused(f"{claims}, a side exceeds the limit of {MAX_SIDE:,}")
     if pixels > MAX_PIXELS:
-        raise Refused(f"{claims} exceed the limit of {MAX_PIXELS:,}")
+        raise Refused(f"{claims} exceed the limit of {MAX_PIXELS:,} (loader.max_image_pixels)")
     if pixels > max(SPARSE_PIXELS, count * SPARSE_PIXELS_PER_BYTE):
         raise Refused(f"{claims} in {count:,} bytes: a decompression bomb")
 

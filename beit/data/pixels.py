@@ -89,9 +89,14 @@ def jittered_crop(
 
 def cropped(image: Image.Image, box: CropBox, mirrored: bool) -> Image.Image:
     """The box of the mirrored image, if mirrored: cut from the other side, then turned."""
-    left = image.width - box.left - box.width if mirrored else box.left
-    crop = image.crop((left, box.top, left + box.width, box.top + box.height))
+    crop = cut(image, box, mirrored)
     return crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else crop
+
+
+def cut(image: Image.Image, box: CropBox, mirrored: bool) -> Image.Image:
+    """The box of the mirrored image, if mirrored, not turned yet."""
+    left = image.width - box.left - box.width if mirrored else box.left
+    return image.crop((left, box.top, left + box.width, box.top + box.height))
 
 
 def _adjusted(image: Image.Image, name: str, factor: float, grey_mean: int) -> Image.Image:

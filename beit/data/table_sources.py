@@ -1,7 +1,7 @@
 """Rows of Hugging Face data sets: local parquet files, and the hub."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,10 +20,22 @@ _PARQUET_NAME = re.compile(r"(?P<split>\w+?)(-\d{5}-of-\d{5})?\.parquet")
 
 
 class _Rows:
-    """The rows of a Hugging Face data set; the image column holds bytes, or {bytes, path}."""
+    """The rows of a Hugging Face data set; the image column holds bytes, or {bytes, path}.
 
-    def __init__(self, data: "Dataset", image_column: str, label_column: str, origin: str) -> None:
+    Args:
+        folders: where the files that rows may name lie; a relative name is below the first.
+    """
+
+    def __init__(
+        self,
+        data: "Dataset",
+        image_column: str,
+        label_column: str,
+        origin: str,
+        folders: Sequence[str | Path],
+    ) -> None:
         self.origin = origin
+        self._folders = [Path(folder).expanduser().resolve() for folder in folders]
         _check_columns(origin, data.column_names, filter(None, (image_column, label_column)))
         # the table itself: datasets' Image feature decodes by other rules (no EXIF), per-row
         # indexing through the library is several times slower
@@ -53,8 +65,19 @@ class _Rows:
             value = value.get("bytes") or value.get("path")
         if not isinstance(value, bytes | str) or not value:
             raise UnreadableImage(self.name(index), f"no image bytes but {type(value).__name__}")
-        image = open_rgb(value, self.name(index))
+        file = self._file(value, index) if isinstance(value, str) else value
+        image = open_rgb(file, self.name(index))
         return image, None if self.labels is None else int(self.labels[index])
+
+    def _file(self, path: str, index: int) -> Path:
+        """The file that a row names: one of the pack's, not any of this machine."""
+        try:
+            file = (self._folders[0] / path).resolve()
+        except (OSError, ValueError, RuntimeError) as error:  # a null byte, a loop of links
+            raise UnreadableImage(self.name(index), str(error)) from error
+        if not any(folder in file.parents for folder in self._folders):
+            raise UnreadableImage(self.name(index), f"{path} lies outside of the data set")
+        return file
 
     def name(self, index: int) -> str:
         return f"{self.origin} row {index}"
@@ -95,7 +118,7 @@ class ParquetSource(_Rows):
             raise UserError(f"{path}: no split '{split}'; there are {', '.join(sorted(files))}")
         columns = [column for column in (image_column, label_column) if column]
         data = _open_parquet(files[split], columns, max_memory_gb * 1e9)
-        super().__init__(data, image_column, label_column, f"{path} {split}")
+        super().__init__(data, image_column, label_column, f"{path} {split}", [path])
         sizes = [(file.name, file.stat().st_size) for file in files[split]]
         self._identity = repr((sizes, columns)).encode()
 
@@ -120,14 +143,19 @@ class HubSource(_Rows):
         image_column: str = "image",
         label_column: str = "label",
     ) -> None:
+        from datasets import config as hf
         from datasets import exceptions, load_dataset
+        from huggingface_hub.constants import HF_HUB_CACHE
 
         try:
             data = load_dataset(repo, config, split=split, revision=revision)
         except (exceptions.DatasetsError, ValueError, OSError) as error:
             message = " ".join(str(error).split())
             raise UserError(f"hub data set {repo} config {config} {split}: {message}") from error
-        super().__init__(data, image_column, label_column, f"{repo} {split}")
+        # what the library downloaded; or a folder of the user's, where `repo` is one
+        caches = (hf.HF_CACHE_HOME, hf.HF_DATASETS_CACHE, HF_HUB_CACHE)
+        folders = [repo] if Path(repo).is_dir() else caches
+        super().__init__(data, image_column, label_column, f"{repo} {split}", folders)
         self._identity = repr((repo, config, split, revision, image_column)).encode()
 
     def identity(self) -> tuple[bytes, ...]:

@@ -5,7 +5,7 @@ Every draw is a function of what is handed in: a `random.Random`, or (seed, epoc
 
 import random
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from PIL import Image
@@ -24,6 +24,7 @@ from beit.data.limits import (
     whole_number,
 )
 from beit.data.pixels import (
+    CropBox,
     by,
     checked_crop,
     checked_interpolation,
@@ -39,6 +40,21 @@ from beit.errors import UserError
 from beit.sizes import height_width
 
 LONGEST_STRIP = 64  # times its shorter side
+
+
+class Draws(NamedTuple):
+    """What was drawn for the views of one sample."""
+
+    jitter: list[tuple[str, float]]
+    mirrored: bool
+    box: CropBox
+
+
+class Target(NamedTuple):
+    """What a crop is resized to: (H, W), and by which filter."""
+
+    size: tuple[int, int]
+    resample: Image.Resampling
 
 
 class TwoViewTransform:
@@ -73,8 +89,9 @@ class TwoViewTransform:
         self.flip = checked_share("flip", flip)
         self.image_interpolation = image_interpolation
         self.token_interpolation = token_interpolation
-        self._resample = checked_interpolation(image_interpolation)
-        self._token_resample = checked_interpolation(token_interpolation)
+        self._for_encoder = Target(self.image_size, checked_interpolation(image_interpolation))
+        resample = checked_interpolation(token_interpolation)
+        self._for_tokenizer = Target(self.token_image_size, resample)
 
     def __call__(
         self, image: Image.Image, rng: random.Random, *, token_view: bool = True
@@ -83,25 +100,28 @@ class TwoViewTransform:
 
         Without `token_view` the second is None, and nothing else changes.
         """
-        crop = self._crop(image, rng)
-        return (
-            resized(crop, self.image_size, self._resample),
-            resized(crop, self.token_image_size, self._token_resample) if token_view else None,
-        )
+        draws = self._draw(image, rng)
+        if not token_view:
+            return self._views(image, draws, self._for_encoder)[0], None
+        first, second = self._views(image, draws, self._for_encoder, self._for_tokenizer)
+        return first, second
 
     def token_view(self, image: Image.Image, rng: random.Random) -> Tensor:
         """The second view alone."""
-        return resized(self._crop(image, rng), self.token_image_size, self._token_resample)
+        return self._views(image, self._draw(image, rng), self._for_tokenizer)[0]
 
-    def _crop(self, image: Image.Image, rng: random.Random) -> Image.Image:
+    def _draw(self, image: Image.Image, rng: random.Random) -> Draws:
         jitter = draw_jitter(rng, self.color_jitter)
         mirrored = rng.random() < self.flip
-        box = draw_crop(rng, image.size, self.scale, self.ratio)
-        return jittered_crop(image, jitter, box, mirrored)
+        return Draws(jitter, mirrored, draw_crop(rng, image.size, self.scale, self.ratio))
+
+    def _views(self, image: Image.Image, draws: Draws, *targets: Target) -> list[Tensor]:
+        crop = jittered_crop(image, draws.jitter, draws.box, draws.mirrored)
+        return [resized(crop, *target) for target in targets]
 
     def __repr__(self) -> str:
         return (
-            f"TwoViewTransform(image={by(self.image_size)} {self.image_interpolation}, "
+            f"{type(self).__name__}(image={by(self.image_size)} {self.image_interpolation}, "
             f"token_image={by(self.token_image_size)} {self.token_interpolation}, "
             f"scale={self.scale[0]:.4g}..{self.scale[1]:.4g}, "
             f"ratio={self.ratio[0]:.4g}..{self.ratio[1]:.4g}, "

@@ -17,6 +17,7 @@ import torch
 from torch.utils.data import DataLoader, get_worker_info
 
 from beit.console import quiet_pillow
+from beit.data import opening
 from beit.errors import UserError
 from beit.job.exits import Exit, RunEnd
 
@@ -87,7 +88,7 @@ class WatchedLoader(DataLoader):
     ) -> None:
         board = multiprocessing.RawArray(c_int64, [_IDLE] * max(num_workers, 1))
         if num_workers > 0:
-            options["worker_init_fn"] = functools.partial(_begin, board)
+            options["worker_init_fn"] = functools.partial(_begin, board, opening.MAX_PIXELS)
             # torch hears of a worker's end by a signal, whose handler Lightning takes away at the
             # end of a fit: in the next one of this process it would notice nothing
             options["timeout"] = min(_LOOK_EVERY, limit or _LOOK_EVERY)
@@ -226,9 +227,10 @@ def losses_named(loaders: Any) -> Iterator[None]:
         raise lost from error
 
 
-def _begin(board: Any, number: int) -> None:
+def _begin(board: Any, max_pixels: int, number: int) -> None:
     """The start of a worker."""
     torch.set_num_threads(1)  # the workers share the cores with the training step
+    opening.limit_pixels(max_pixels)  # a spawned one knows nothing of the process that began it
     quiet_pillow()  # what is wrong with an image is told in the log, once
     info = get_worker_info()
     assert info is not None

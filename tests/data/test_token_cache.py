@@ -151,7 +151,7 @@ def test_a_vocabulary_too_large_for_two_bytes_is_refused(tmp_path):
 def test_a_cache_larger_than_the_disk_is_refused_before_it_is_made(tmp_path):
     free = os.statvfs(tmp_path).f_bavail * os.statvfs(tmp_path).f_frsize
     huge = cache(tmp_path, images=free // 30 + 1_000_000, views=1)
-    with pytest.raises(TokenCacheFull, match="still needs .* GB"):
+    with pytest.raises(TokenCacheFull, match=r"still needs .* GB"):
         huge.check()
     assert not any(tmp_path.iterdir())
 
