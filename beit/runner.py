@@ -1,6 +1,7 @@
 """From a config to objects, and from objects to a run. Knows no task in particular."""
 
 import contextlib
+import dataclasses
 import functools
 import logging
 import os
@@ -14,10 +15,12 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from beit import config, run_folder
+from beit.callbacks.epoch_metrics import EpochMetrics
 from beit.callbacks.plan import PlanCheck, conclude
 from beit.callbacks.randomness import KeyedRandomness
 from beit.checkpoints import resume
 from beit.checkpoints.elastic import respread
+from beit.checkpoints.keeper import CheckpointKeeper
 from beit.checkpoints.models import Checkpoint, initialise, load_part
 from beit.checkpoints.plugin import CheckpointFiles
 from beit.checkpoints.record import RunRecord
@@ -32,6 +35,7 @@ from beit.job.numbers import FiniteGuard
 from beit.job.ranks import RankWatch
 from beit.job.stopping import Stopping
 from beit.loggers.guarded import GuardedLogger, RewindLoggers
+from beit.memory import keep_freed_memory
 from beit.recorded import composed
 from beit.security import targets
 from beit.tasks.planning import plan
@@ -49,7 +53,7 @@ def fit(cfg: DictConfig) -> dict[str, float]:
         if not first:
             only_warnings()
         config.check(cfg)
-        world_size = config.settle_devices(cfg)
+        world_size = _settle(cfg)
         watch = RankWatch(
             config.instantiate(cfg.job),
             world_size=world_size,
@@ -58,18 +62,21 @@ def fit(cfg: DictConfig) -> dict[str, float]:
         )
         guards.enter_context(watch)
         folder = Path(cfg.paths.output_dir)
-        wanted = resume.implied(cfg.resume)
+        checkpoints = _checkpoint_folder(cfg)
+        wanted = resume.implied(cfg.resume, checkpoints)
         if first:
             run_folder.check_free(folder, resume=wanted)
-        beginning = resume.find(folder, wanted)
+        beginning = resume.find(folder, wanted, checkpoints)
         quiet_lightning()
         torch.set_float32_matmul_precision("high")
         L.seed_everything(cfg.seed, workers=False, verbose=False)
-        task, data = build(cfg, world_size)
+        task, data = build(cfg, world_size, begins=beginning.path is None)
         guards.enter_context(losses_named(data))
         settled = config.plain(cfg)
         facts = {"config": settled, "composed": composed(cfg), "data": data.fingerprint()}
         resume.check(beginning, task, allowed=list(cfg.allow_changes), **facts)
+        # that file may be removed in time, and an open one would keep its disk space
+        beginning = dataclasses.replace(beginning, checkpoint=None)
         record = RunRecord(
             **facts,
             run_id=beginning.run_id,
@@ -84,7 +91,7 @@ def fit(cfg: DictConfig) -> dict[str, float]:
         )
         trainer = build_trainer(cfg, record, watch, goes_on)
         if first:  # only now: what is refused leaves nothing behind
-            run_folder.make(folder)
+            guards.enter_context(run_folder.claimed(folder))
             resume.write_run_id(folder, beginning.run_id)
             run_log.open(folder / "train.log")
             run_folder.write_records(folder, OmegaConf.to_yaml(OmegaConf.create(settled)))
@@ -97,14 +104,19 @@ def fit(cfg: DictConfig) -> dict[str, float]:
     return {key: float(value) for key, value in trainer.callback_metrics.items()}
 
 
-def build(cfg: DictConfig, world_size: int) -> tuple[L.LightningModule, L.LightningDataModule]:
-    """The task and its data. The data come first: they know how many classes there are."""
+def build(
+    cfg: DictConfig, world_size: int, *, begins: bool = True
+) -> tuple[L.LightningModule, L.LightningDataModule]:
+    """The task and its data. The data come first: they know how many classes there are.
+
+    `begins` is False for a run that goes on: `init_from` is of its past.
+    """
     data = config.instantiate(cfg.datamodule)
     config.settle_classes(cfg, len(getattr(data, "classes", None) or ()))
     data.check(world_size=world_size, accumulate=cfg.trainer.accumulate_grad_batches)
     task = config.instantiate(cfg.task)
     task.optim.warmup_length(*_plan(cfg, data, world_size))
-    if cfg.init_from:
+    if cfg.init_from and begins:
         if not hasattr(task, "backbone"):
             raise UserError(
                 f"init_from={cfg.init_from}: {type(task).__name__} has no backbone to start from"
@@ -112,6 +124,13 @@ def build(cfg: DictConfig, world_size: int) -> tuple[L.LightningModule, L.Lightn
         report = initialise(task, cfg.init_from)
         log.info("init_from %s\n%s", cfg.init_from, report)
     return task, data
+
+
+def _settle(cfg: DictConfig) -> int:
+    """Fix devices and accumulation, and how memory is handled. Returns the world size."""
+    if cfg.trainer.get("accelerator") == "cpu":
+        keep_freed_memory()
+    return config.settle_devices(cfg)
 
 
 def _plan(cfg: DictConfig, data: L.LightningDataModule, world_size: int) -> tuple[int, int]:
@@ -123,6 +142,15 @@ def _plan(cfg: DictConfig, data: L.LightningDataModule, world_size: int) -> tupl
         max_epochs=cfg.trainer.max_epochs,
         max_steps=cfg.trainer.max_steps,
     )
+
+
+def _checkpoint_folder(cfg: DictConfig) -> Path:
+    """Where the run keeps its checkpoints, or would."""
+    keeper = f"{CheckpointKeeper.__module__}.{CheckpointKeeper.__qualname__}"
+    for node in (cfg.callbacks or {}).values():
+        if node and node.get("_target_") == keeper:
+            return Path(node.folder)
+    return Path(cfg.paths.output_dir) / resume.CHECKPOINTS
 
 
 def _micro_batches(cfg: DictConfig, data: L.LightningDataModule, world_size: int) -> int:
@@ -152,6 +180,7 @@ def build_trainer(
         callbacks=[
             watch,  # first: it must hear of an exception before anything waits for other ranks
             KeyedRandomness(cfg.seed),
+            EpochMetrics(),
             PlanCheck(),
             record,
             finite,  # before what reads the gradients
@@ -170,7 +199,7 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
 
     `cfg.init_from` names the checkpoint. Nothing is written.
     """
-    world_size = config.settle_devices(cfg)
+    world_size = _settle(cfg)
     quiet_lightning()
     L.seed_everything(cfg.seed, workers=False, verbose=False)
     checkpoint = any_checkpoint(cfg.init_from, tell="nothing", config=False)
@@ -189,7 +218,7 @@ def tokenize(cfg: DictConfig) -> dict[str, int]:
     What is there stays, so an interrupted call is gone on with by the next one.
     """
     config.check(cfg)
-    world_size = config.settle_devices(cfg)
+    world_size = _settle(cfg)
     trainer = cfg.trainer
     fabric = L.Fabric(
         accelerator=trainer.accelerator,

@@ -146,3 +146,31 @@ def test_weights_of_something_else_are_refused(small):
 def test_images_that_do_not_divide_are_refused(small):
     with pytest.raises(UserError, match="24x41"):
         tokenizer(small).encode(torch.rand(2, 3, 24, 41))
+
+
+@pytest.mark.parametrize("spread", [1.0, 1e-2, 0.0])
+def test_the_likeliest_code_is_the_argmax_of_all_logits_in_float32(spread):
+    """Also where codes lie so close together that bfloat16 cannot tell them apart."""
+    generator = torch.Generator().manual_seed(1)
+    rows = torch.randn(200, 44, generator=generator).relu().bfloat16()
+    base = torch.randn(1, 44, generator=generator)
+    weight = base + spread * torch.randn(301, 44, generator=generator)
+    bias = spread * 0.1 * torch.randn(301, generator=generator)
+    expected = F.linear(rows.double(), weight.double(), bias.double()).argmax(dim=1)
+    found = dalle.LikeliestCode(weight, bias)(rows)
+    assert torch.equal(found, expected)
+    if spread == 1e-2:  # what bfloat16 alone would have made of them
+        coarse = F.linear(rows, weight.bfloat16(), bias.bfloat16()).argmax(dim=1)
+        assert (coarse != expected).float().mean() > 0.2
+
+
+def test_in_bfloat16_the_last_layer_stays_in_float32(small):
+    tokenizer = DalleTokenizer(small[0], decoder_path=None, vocab_size=13)
+    images = 0.1 + 0.8 * torch.rand(4, 3, 24, 40, generator=torch.Generator().manual_seed(2))
+    seen = []
+    tokenizer.encoder.last.register_forward_hook(lambda *args: seen.append(args))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected = tokenizer.encoder(images).argmax(dim=1)
+        assert len(seen) == 1
+        assert torch.equal(tokenizer.encode(images), expected)
+    assert len(seen) == 1  # the second time without all of its logits
