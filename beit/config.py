@@ -74,6 +74,7 @@ class TrainConfig:
     resume: str | None = None  # the same run goes on: a checkpoint, or 'auto'
     allow_changes: list[str] = field(default_factory=list)  # keys in which a resumed run may differ
     init_from: str | None = None  # a new run starts from the weights of this checkpoint
+    compile: bool = False  # the networks by torch.compile: minutes at the start, faster steps
     batch: BatchConfig = field(default_factory=BatchConfig)
     loader: Any = MISSING
     paths: PathsConfig = field(default_factory=PathsConfig)
@@ -102,12 +103,16 @@ def _read_config(path: str, written: int) -> dict[str, Any]:
     return read_checkpoint(path).config
 
 
-def _checkpoint_value(path: str, key: str) -> Any:
-    """A value out of the config that a checkpoint carries: `${checkpoint_value:path,a.b}`."""
-    config = OmegaConf.create(_checkpoint_config(path))
-    value = OmegaConf.select(config, key)
-    if value is None:
-        raise UserError(f"{path} is not a tokenizer's checkpoint: its config has no {key!r}")
+def _checkpoint_value(path: str, key: str) -> int:
+    """A number out of the config that a checkpoint carries: `${checkpoint_value:path,a.b}`.
+
+    A text or a node, of a stranger's perhaps, would come to stand in a config that was checked.
+    """
+    value: Any = _checkpoint_config(path)
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    if type(value) is not int:
+        raise UserError(f"{path} is not a tokenizer's checkpoint: its config has no number {key!r}")
     return value
 
 
@@ -241,7 +246,7 @@ def check(cfg: DictConfig) -> None:
         if node is not None:
             settled = OmegaConf.to_container(node, resolve=True)
             check_values(settled, functools.partial(located, node))
-    if cfg.resume and cfg.init_from:
+    if cfg.resume not in (None, "auto") and cfg.init_from:
         raise UserError(
             f"resume={cfg.resume} and init_from={cfg.init_from} exclude each other: resume goes "
             "on with the same run, init_from starts a new run from those weights"

@@ -123,6 +123,10 @@ def build(
             )
         report = initialise(task, cfg.init_from)
         log.info("init_from %s\n%s", cfg.init_from, report)
+    if cfg.compile:
+        for name, network in task.named_children():
+            network.compile()  # in place: the names of its weights stay
+            log.info("%s is compiled at its first call", name)
     return task, data
 
 

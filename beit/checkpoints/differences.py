@@ -21,18 +21,31 @@ FREE = {
     "allow_changes": True,
     "job": True,
     "logger": True,
-    "callbacks": True,
-    "callbacks.ema": False,  # its weights are the result
+    # the others of a user's may change the weights, and so does `ema`
+    "callbacks.checkpoints": True,
+    "callbacks.curves": True,
+    "callbacks.optimizer": True,
+    "callbacks.pictures": True,
+    "callbacks.progress": True,
+    "callbacks.throughput": True,
     # what is read is compared itself, see `beit.data.fingerprint`; it may lie somewhere else
     "data": True,
     "datamodule.train": True,
     "datamodule.val": True,
+    "datamodule.eval_transform": True,
+    "views.eval": True,
+    "task.min_used_share": True,  # for a warning
+    # its weights are compared
     "tokenizer.path": True,
+    "tokenizer.encoder_path": True,
+    "tokenizer.decoder_path": True,
     "token_cache": True,
     "datamodule.token_cache": True,
     # the global batch is what counts, however it is spread
     "batch.per_device": True,
     "loader.batch_size_per_device": True,
+    "model.activation_checkpointing": True,
+    "task.backbone.activation_checkpointing": True,
     "trainer.accelerator": True,
     "trainer.devices": True,
     "trainer.num_nodes": True,
@@ -43,6 +56,7 @@ FREE = {
     "loader.timeout_seconds": True,
     "loader.check_images": True,
     "loader.max_unreadable_images": True,
+    "loader.max_image_pixels": True,
     "trainer.benchmark": True,
     "trainer.check_val_every_n_epoch": True,
     "trainer.default_root_dir": True,
@@ -57,6 +71,7 @@ FREE = {
     "trainer.max_time": True,
     "trainer.num_sanity_val_steps": True,
     "trainer.profiler": True,
+    "trainer.val_check_interval": True,
 }
 
 Change = tuple[str, Any, Any]  # key, before, now

@@ -179,7 +179,7 @@ class Block(nn.Module):
         scale = 1 / keep if gamma is None else gamma / keep
         if kept is None:
             kept = torch.rand(x.shape[0], device=x.device) < keep
-        if x.device.type == "cpu":
+        if x.device.type == "cpu" and not torch.compiler.is_compiling():
             # a dropped branch is not computed at all; elsewhere reading `kept` would stall
             rows = kept.nonzero().squeeze(1)
             added = branch(x.index_select(0, rows)) * scale
