@@ -3,6 +3,7 @@
 The Python face is one line per verb, and each line takes the words of the command line::
 
     beit.train("experiment=demo/pretrain", "seed=1")
+    beit.tokenize("experiment=demo/pretrain", "views_per_image=4", "token_cache=runs/tokens")
     beit.evaluate("runs/demo/finetune/checkpoints/last.safetensors")
     beit.predict("runs/demo/finetune/checkpoints/last.safetensors", "photos/", top_k=3)
     model = beit.load_model("runs/demo/finetune/checkpoints/last.safetensors")
@@ -16,10 +17,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from beit.face import convert, create_model, evaluate, load_model, predict, train
+    from beit.face import convert, create_model, evaluate, load_model, predict, tokenize, train
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "convert", "create_model", "evaluate", "load_model", "predict", "train"]
+__all__ = [
+    "__version__",
+    "convert",
+    "create_model",
+    "evaluate",
+    "load_model",
+    "predict",
+    "tokenize",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -28,6 +28,20 @@ def train(*overrides: str) -> dict[str, float]:
         return runner.fit(config.compose(words))
 
 
+def tokenize(*overrides: str) -> dict[str, int]:
+    """Fill the token cache of the pretraining that `beit train OVERRIDES` would run.
+
+    Returns how many views were worked out, of the training and the validation images, and how many
+    were unreadable. What is in the cache stays, so an interrupted call is gone on with by another.
+
+    Raises UserError for what the config gets wrong, and where it names no cache.
+    """
+    log_to_console()
+    config.refuse_sweep(list(overrides))
+    with targets.trusting(overrides) as words, explained(words):
+        return runner.tokenize(config.compose(words))
+
+
 def evaluate(checkpoint: str | Path, *overrides: str) -> dict[str, float]:
     """Validation metrics of a checkpoint; overrides change the config it carries."""
     with targets.trusting(overrides) as words, explained(words):

@@ -108,6 +108,14 @@ def test_tokenize_goes_on_where_it_was_interrupted(
     assert counts["train"] == 2 * 1437 - sum(calls[:4])
 
 
+def test_ranks_share_the_work_whatever_their_pace(words: list[str], tmp_path: Path) -> None:
+    here = [*words, f"paths.runs_dir={tmp_path}", f"token_cache={tmp_path}/tokens", "name=run"]
+    data = config.instantiate(config.compose(here).datamodule)
+    counts = [data.fill_caches(torch.device("cpu"), rank=rank, world_size=3) for rank in (2, 0, 1)]
+    assert [count["train"] for count in counts] == [958, 958, 958]
+    assert all(cache.missing().size == 0 for cache in data.caches.values())
+
+
 def test_views_come_again_and_masks_do_not(words: list[str], tmp_path: Path) -> None:
     cfg = config.compose([*words, f"paths.runs_dir={tmp_path}", "name=run"])
     data = config.instantiate(cfg.datamodule).loaders.train_data

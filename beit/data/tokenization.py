@@ -82,7 +82,8 @@ def fill(
     Raises:
         UserError: more unreadable images than `settings` bears.
     """
-    rows = np.array_split(cache.missing(), world_size)[rank]
+    rows = cache.missing()
+    rows = rows[rows % world_size == rank]  # whatever the others have written by now
     unreadable = UnreadableImages(settings.max_unreadable_images)
     loader = WatchedLoader(
         KeyedDataset(data.source, TokenViewSample(views, cache), seed=data.seed),
