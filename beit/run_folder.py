@@ -1,10 +1,14 @@
 """The folder of one run: claimed once, never written over, and able to say where it came from."""
 
+import contextlib
+import fcntl
 import json
+import logging
 import os
 import platform
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -12,9 +16,13 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_only
 
 from beit.errors import UserError
+from beit.files import explained, remove_leftovers, replace_text
 from beit.security.secrets import shown_words
 
+log = logging.getLogger(__name__)
+
 CONFIG_FILE = "config.yaml"
+LOCK_FILE = ".lock"
 _PACKAGES = (
     "beit",
     "torch",
@@ -50,21 +58,48 @@ def check_free(folder: Path, *, resume: str | None) -> None:
             f"{folder} already holds a run: give this one another name (name=...), go on with "
             "that one (resume=auto), or move it away"
         )
-    if resume != "auto" and folder.resolve() not in Path(resume).expanduser().resolve().parents:
+    path = Path(resume).expanduser()
+    parents = {*path.absolute().parents, *path.resolve().parents}  # a folder in it may be a link
+    if resume != "auto" and parents.isdisjoint({folder.absolute(), folder.resolve()}):
         raise UserError(
             f"{folder} already holds a run, and resume={resume} is of another: give this one "
             "another name (name=...), or go on with that one under its own name"
         )
 
 
-def make(folder: Path) -> None:
-    """Make the folder of a run; UserError where it cannot be made."""
+@contextlib.contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Make the folder of a run, and hold it for this process alone.
+
+    The lock is the process's own: it goes with it, whatever workers it leaves behind.
+
+    Raises UserError where the folder cannot be made or written to, or another process has it.
+    """
+    path = folder / LOCK_FILE
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+", encoding="utf-8")
     except OSError as error:
         raise UserError(
-            f"paths.output_dir={folder} cannot be made ({error.strerror}): choose another folder"
+            f"paths.output_dir={folder} cannot be made or written to ({error.strerror}): choose "
+            "another folder"
         ) from error
+    with file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            file.seek(0)
+            raise UserError(
+                f"{folder} is in use by another process ({file.read().strip()}): wait for its end, "
+                "or give this run another name (name=...)"
+            ) from error
+        except OSError:
+            log.warning("%s cannot be locked: see to it that no other job runs in it", folder)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}\n")
+        file.flush()
+        remove_leftovers(folder)
+        yield
 
 
 def describe_environment() -> dict[str, Any]:
@@ -96,7 +131,8 @@ def write_records(folder: Path, config: str) -> None:
         while path.exists():
             number += 1
             path = (folder / name).with_suffix(f".resumed-{number}{Path(name).suffix}")
-        path.write_text(text, encoding="utf-8")
+        with explained(path):
+            replace_text(path, text)
 
 
 def _processor() -> str:

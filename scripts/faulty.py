@@ -197,6 +197,9 @@ TRAINING = (
         ),
     ),
 )
+_BOTH_VIEWS = """\
+        first, second = self._views(image, draws, self._for_encoder, self._for_tokenizer)
+"""
 DATA = (
     _mutation(
         "evaluation resizes bilinearly",
@@ -212,31 +215,20 @@ DATA = (
         "data/views",
         "parity/test_views data/test_views",
         (
-            "        crop = jittered_crop(image, jitter, box, mirrored)\n",
-            "        crop = jittered_crop(image, jitter, box, mirrored)\n"
-            "        other = draw_crop(rng, image.size, self.scale, self.ratio)\n",
-        ),
-        (
-            "            resized(crop, self.token_image_size, self._token_resample),\n",
-            "            resized(\n"
-            "                cropped(image, other, mirrored),\n"
-            "                self.token_image_size,\n"
-            "                self._token_resample,\n"
-            "            ),\n",
+            _BOTH_VIEWS,
+            "        box = draw_crop(rng, image.size, self.scale, self.ratio)\n"
+            "        other = draws._replace(box=box)\n"
+            "        first = self._views(image, draws, self._for_encoder)[0]\n"
+            "        second = self._views(image, other, self._for_tokenizer)[0]\n",
         ),
     ),
     _mutation(
         "tokenizer's view not mirrored",
         "data/views",
         "parity/test_views data/test_views",
-        ("    by,\n", "    CropBox,\n    by,\n"),
         (
-            "            resized(crop, self.token_image_size, self._token_resample),\n",
-            "            resized(\n"
-            "                cropped(crop, CropBox(0, 0, crop.height, crop.width), mirrored),\n"
-            "                self.token_image_size,\n"
-            "                self._token_resample,\n"
-            "            ),\n",
+            _BOTH_VIEWS,
+            f"{_BOTH_VIEWS}        second = second.flip(2) if draws.mirrored else second\n",
         ),
     ),
     _mutation(

@@ -89,9 +89,11 @@ def test_a_run_without_an_end_is_refused() -> None:
 
 
 def test_resume_and_init_from_exclude_each_other() -> None:
-    cfg = config.compose([*DEMO, *SIZES, "resume=auto", "init_from=a.safetensors"])
+    cfg = config.compose([*DEMO, *SIZES, "resume=b.safetensors", "init_from=a.safetensors"])
     with pytest.raises(UserError, match="exclude each other"):
         config.check(cfg)
+    cfg.resume = "auto"  # one command line for the first start and for each that follows
+    config.check(cfg)
 
 
 def test_the_resolved_config_is_plain_data() -> None:

@@ -217,10 +217,11 @@ def test_resume_refuses_another_run_by_name(
 ) -> None:
     start = f"init_from={last(runs / 'pretrain')}"
     words = [*tiny["classification"], f"paths.runs_dir={runs}", "name=finetune", *words]
-    with pytest.raises(UserError, match=expected):
-        beit.train(*words, "resume=auto")
+    for more in ([], [start]):  # one command line for the first start and for each that follows
+        with pytest.raises(UserError, match=expected):
+            beit.train(*words, "resume=auto", *more)
     with pytest.raises(UserError, match="exclude each other"):
-        beit.train(*words, "resume=auto", start)
+        beit.train(*words, "resume=x.safetensors", start)
 
 
 def test_a_run_is_extended_and_spread_otherwise_when_its_user_allows_it(

@@ -1,6 +1,7 @@
 """The run's metrics as one CSV file that survives a restart."""
 
 import csv
+import io
 import os
 from argparse import Namespace
 from collections.abc import Iterator
@@ -9,6 +10,8 @@ from typing import IO, Any
 
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
+
+from beit.files import replace_text
 
 _BLOCK = 1 << 16
 
@@ -106,17 +109,11 @@ class MetricsFile(Logger):
         known = {*self._columns, *names} - {"step", "epoch"}
         rows = read_metrics(self.path) if self.path.exists() else []
         self._columns = ["step", "epoch", *sorted(known)]
-        self._save_dir.mkdir(parents=True, exist_ok=True)
-        draft = self.path.with_suffix(".csv.part")
-        try:
-            with draft.open("w", newline="", encoding="utf-8") as file:
-                writer = csv.DictWriter(file, self._columns, restval="", lineterminator="\n")
-                writer.writeheader()
-                writer.writerows(rows)
-            os.replace(draft, self.path)
-        except OSError:
-            draft.unlink(missing_ok=True)
-            raise
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, self._columns, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        replace_text(self.path, text.getvalue())
 
 
 def _from_the_end(file: IO[bytes], *, header: bool = False) -> Iterator[tuple[int, str]]:

@@ -45,7 +45,6 @@ FREE = {
     "batch.per_device": True,
     "loader.batch_size_per_device": True,
     "model.activation_checkpointing": True,
-    "task.backbone.activation_checkpointing": True,
     "trainer.accelerator": True,
     "trainer.devices": True,
     "trainer.num_nodes": True,

@@ -10,9 +10,11 @@ to the disk, read back and compared, renamed, the folder flushed. Reading copies
 would keep its disk space for as long as the run lives, and end it with SIGBUS if it were cut short.
 """
 
+import contextlib
 import json
 import os
 import shutil
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,13 +25,6 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from beit.checkpoints.atomic import (
-    explained,
-    flush_folder,
-    local_path,
-    part_path,
-    temporary_file,
-)
 from beit.checkpoints.errors import DamagedCheckpoint
 from beit.checkpoints.header import (
     DTYPE_NAMES,
@@ -46,6 +41,7 @@ from beit.checkpoints.header import (
 )
 from beit.checkpoints.plain import join, split
 from beit.errors import UserError
+from beit.files import explained, flush_folder, local_path, part_path, replacing
 
 THREADS = min(4, os.cpu_count() or 1)  # hashing and reading leave Python's lock
 _CHUNK = 8 * 2**20
@@ -68,13 +64,10 @@ def write_file(path: str | Path, content: Any) -> None:
             raise UserError(f"a checkpoint cannot hold {name} of type {tensor.dtype}")
     # aligned by their size, as safetensors writes them
     ordered = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))
-    with temporary_file(path, _total(ordered)) as (file, temporary):
+    with explained(path, _total(ordered)), replacing(path) as file:
         _write(file, text, ordered)
         file.flush()
-        os.fsync(file.fileno())
-        verify(temporary)
-        os.replace(temporary, path)
-        flush_folder(path.parent)
+        verify(file.name)
 
 
 def read_file(path: str | Path) -> Any:
@@ -100,11 +93,15 @@ def verify(path: str | Path) -> "CheckpointFile":
 
 @dataclass(frozen=True)
 class CheckpointFile:
-    """The header of a checkpoint file, verified; tensors are read, and verified, when asked for."""
+    """The header of a checkpoint file, verified; tensors are read, and verified, when asked for.
+
+    The file stays open for as long as this lives: under its name another may lie meanwhile.
+    """
 
     path: Path
     entries: dict[str, Entry]
     text: str  # the plain data, as JSON
+    descriptor: int
 
     @classmethod
     def open(cls, path: str | Path) -> "CheckpointFile":
@@ -114,18 +111,15 @@ class CheckpointFile:
             with open(path, "rb") as file:
                 size = os.fstat(file.fileno()).st_size
                 header, start = read_header(path, file, size)
+                descriptor = os.dup(file.fileno())
         except OSError as error:
             raise DamagedCheckpoint(f"{path} cannot be read ({error.strerror})") from error
-        metadata = checked_metadata(path, header)
-        try:
-            digests = json.loads(metadata["beit.digests"])
-            entries = read_entries(header, digests, start)
-            check_places(entries, start, size)
-            file_header = cls(path, entries, metadata["beit.tree"])
-            file_header.tree(lambda name: entries[name])
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
-            raise damaged(path, f"its header is not consistent ({error})") from error
-        return file_header
+        with contextlib.ExitStack() as unless_returned:
+            unless_returned.callback(os.close, descriptor)
+            opened = cls(path, *_content(path, header, start, size), descriptor)
+            unless_returned.pop_all()
+        weakref.finalize(opened, os.close, descriptor)
+        return opened
 
     def tree(self, tensor: Callable[[str], Any] | None = None) -> Any:
         """The tree of plain data; an Entry, or what `tensor` gives, stands for each tensor."""
@@ -151,39 +145,63 @@ class CheckpointFile:
         entry = self.entries[name]
         tensor = torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
         view = bytes_of(tensor)
-        with open(self.path, "rb") as file:
-            file.seek(entry.begin)
-            if file.readinto(view) != entry.end - entry.begin:
-                raise damaged(self.path, f"it ends within {name}")
+        self._fill(view, entry.begin, name)
         self.compare(name, digest_of(name, entry.dtype, entry.shape, [view]))
         return tensor
 
     def _digest(self, name: str) -> str:
         entry = self.entries[name]
-        with open(self.path, "rb") as file:
-            file.seek(entry.begin)
-            return digest_of(name, entry.dtype, entry.shape, _chunks(file, entry.end - entry.begin))
+        return digest_of(name, entry.dtype, entry.shape, self._chunks(name))
+
+    def _chunks(self, name: str) -> Iterator[memoryview]:
+        _, _, begin, end, _ = self.entries[name]
+        buffer = memoryview(bytearray(min(end - begin, _CHUNK)))
+        for place in range(begin, end, _CHUNK):
+            chunk = buffer[: end - place]
+            self._fill(chunk, place, name)
+            yield chunk
+
+    def _fill(self, view: memoryview, place: int, name: str) -> None:
+        """Read from a place of the file; several threads may, for there is no position to share."""
+        while len(view):
+            try:
+                got = os.preadv(self.descriptor, [view], place)  # at most 2 GB at once
+            except OSError as error:  # a disk that fails
+                raise damaged(self.path, f"{name} cannot be read ({error.strerror})") from error
+            if not got:
+                raise damaged(self.path, f"it ends within {name}")
+            view, place = view[got:], place + got
+
+
+def _content(
+    path: Path, header: dict[str, Any], start: int, size: int
+) -> tuple[dict[str, Entry], str]:
+    """(where the tensors lie, the plain data as JSON) of a header, verified."""
+    metadata = checked_metadata(path, header)
+    try:
+        entries = read_entries(header, json.loads(metadata["beit.digests"]), start)
+        check_places(entries, start, size)
+        join(metadata["beit.tree"], entries.__getitem__)
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise damaged(path, f"its header is not consistent ({error})") from error
+    return entries, metadata["beit.tree"]
 
 
 def replace_by_copy(path: Path, source: Path) -> None:
     """Let `path` be the same file as `source`, or a copy of it where there are no hard links."""
     temporary = part_path(path)
     with explained(path, source.stat().st_size):
-        temporary.unlink(missing_ok=True)
         try:
             os.link(source, temporary)
         except OSError:
-            with temporary_file(path, source.stat().st_size) as (file, temporary):
-                with open(source, "rb") as original:
-                    shutil.copyfileobj(original, file, _CHUNK)
+            with open(source, "rb") as original, replacing(path) as file:
+                shutil.copyfileobj(original, file, _CHUNK)
                 file.flush()
-                os.fsync(file.fileno())
-                verify(temporary)
-                os.replace(temporary, path)
+                verify(file.name)
         else:
             os.replace(temporary, path)
             temporary.unlink(missing_ok=True)  # rename does nothing to two names of one file
-        flush_folder(path.parent)
+            flush_folder(path.parent)
 
 
 def _total(tensors: dict[str, Tensor]) -> int:
@@ -224,13 +242,3 @@ def bytes_of(tensor: Tensor) -> memoryview:
     """The bytes of a tensor on the CPU; the tensor's own where it is there already."""
     tensor = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
     return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
-
-
-def _chunks(file: BinaryIO, count: int) -> Iterator[memoryview]:
-    buffer = memoryview(bytearray(min(count, _CHUNK)))
-    while count:
-        got = file.readinto(buffer[: min(count, len(buffer))])  # type: ignore[attr-defined]
-        if not got:
-            return  # cut short meanwhile: the checksum tells
-        yield buffer[:got]
-        count -= got

@@ -107,10 +107,10 @@ def checked_metadata(path: Path, header: dict[str, Any]) -> dict[str, str]:
     schema, text, digests, digest = (metadata[key] for key in KEYS)
     if digest != _digest_of_rest(schema, text, digests):
         raise damaged(path, "the data beside the tensors are not those that were written")
-    if not schema.isdecimal() or int(schema) > SCHEMA:
+    if not schema.isdecimal() or len(schema) > 9 or int(schema) > SCHEMA:
         raise NewerSchema(
-            f"{path} was written by a newer version of beit (schema {schema}; this one reads up to "
-            f"{SCHEMA}): update beit"
+            f"{path} was written by a newer version of beit (schema {schema[:9]}; this one reads "
+            f"up to {SCHEMA}): update beit"
         )
     return metadata
 

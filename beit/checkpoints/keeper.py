@@ -2,6 +2,7 @@
 
 import logging
 import math
+import secrets
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,16 +13,24 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Checkpoint, WeightAveraging
 
-from beit.checkpoints.atomic import remove_leftovers, replace_link
 from beit.checkpoints.file import replace_by_copy
 from beit.checkpoints.folder import BEST, LAST, file_name, header_facts, numbered_files, step_of
-from beit.checkpoints.loops import at_boundary, begin_epoch_afresh, ends_epoch, ends_run, settle
+from beit.checkpoints.loops import (
+    at_boundary,
+    begin_epoch_afresh,
+    ends_epoch,
+    ends_run,
+    settle,
+    validation_due,
+)
 from beit.checkpoints.plugin import CheckpointFiles
 from beit.checkpoints.ranks import check_same_step, on_first_rank
 from beit.checkpoints.record import run_id_of
 from beit.checkpoints.space import check_space
 from beit.data.limits import whole_number
 from beit.errors import UserError
+from beit.files import explained, remove_leftovers, replace_link
+from beit.job import signals
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +43,8 @@ class CheckpointKeeper(Checkpoint):
     is always written.
 
     Of the files that this run wrote into `folder` the newest `keep` stay; an older one is removed
-    once a newer one has been read back. Files of others are left alone.
+    once a newer one has been read back. Files of others are left alone. Where the run goes on from
+    an older one, later ones are given another name, which no `resume=auto` looks for.
 
     Args:
         folder: where the files go.
@@ -82,6 +92,7 @@ class CheckpointKeeper(Checkpoint):
         self._score = math.nan  # of the validation at this boundary
         self._validated_at = -1  # the micro-batch, over all epochs, that it followed
         self._validating = False
+        self._late = False  # what was due at an epoch's last step is written at its end
         self._clock_group: Any = None
 
     def save_now(self, trainer: L.Trainer) -> Path:
@@ -94,11 +105,11 @@ class CheckpointKeeper(Checkpoint):
         def write() -> Path:
             path = self._free_path(trainer)
             trainer.strategy.checkpoint_io.save_checkpoint(checkpoint, path)
-            replace_link(self.folder / LAST, path.name)
+            self._point_to(path)
             self._rotate(path)
             return path
 
-        with self._trained_weights(trainer):
+        with signals.held(), self._trained_weights(trainer):
             checkpoint = self._dump(trainer)
             path = on_first_rank(trainer, write)
         self._saved_step, self._saved_at = trainer.global_step, time.monotonic()
@@ -122,7 +133,11 @@ class CheckpointKeeper(Checkpoint):
             return
         due = self._minutes_due()
         due |= self.every_n_steps > 0 and trainer.global_step % self.every_n_steps == 0
-        if due and not (ends_epoch(trainer) and self._epoch_due(trainer)):
+        # without a validation to come the epoch has as good as ended; after a resume its end would
+        # not come again
+        at_end = self._epoch_due(trainer) or not validation_due(trainer)
+        self._late = due and ends_epoch(trainer) and at_end
+        if due and not self._late:
             self.save_now(trainer)
 
     def on_validation_epoch_start(self, trainer: L.Trainer, *_: Any) -> None:
@@ -143,8 +158,9 @@ class CheckpointKeeper(Checkpoint):
         if not at_boundary(trainer):
             return
         is_best = self._is_best(trainer)
-        epoch_due = ends_epoch(trainer) and self._epoch_due(trainer)
-        if epoch_due or (ends_run(trainer) and trainer.global_step != self._saved_step):
+        due = self._late or (ends_epoch(trainer) and self._epoch_due(trainer))
+        self._late = False
+        if due or (ends_run(trainer) and trainer.global_step != self._saved_step):
             path = self.save_now(trainer)
             if is_best:
                 on_first_rank(trainer, lambda: replace_by_copy(self.folder / BEST, path))
@@ -183,6 +199,7 @@ class CheckpointKeeper(Checkpoint):
             log.info("removed %s, which an interrupted save had left", path)
         self._files = numbered_files(self.folder, run_id_of(trainer))
         best = self.folder / BEST
+        self._set_aside(trainer)
         present = [*self._files, *([best] if best.is_file() else [])]
         files = max(self.keep, 1) + bool(self.best_by)
         check_space(trainer, self.folder, present, files=files)
@@ -190,6 +207,30 @@ class CheckpointKeeper(Checkpoint):
             if step_of(path) == self.best_step and step_of(best) != self.best_step:
                 replace_by_copy(best, path)
         return best.is_file()
+
+    def _set_aside(self, trainer: L.Trainer) -> None:
+        """What this run wrote of later steps, before its user went back, is of another past."""
+        step, run_id = trainer.global_step, run_id_of(trainer)
+        last, best = self.folder / LAST, self.folder / BEST
+        found = {path: header_facts(path) for path in [*self._files, best]}
+        for path, facts in found.items():
+            if facts is not None and facts[0] > step and facts[1] == run_id:
+                aside = path.with_name(f"{path.name}.later-{secrets.token_hex(4)}")
+                path.rename(aside)
+                log.warning("%s is of a step after %d: it is now %s", path, step, aside.name)
+        self._files = [path for path in self._files if path.exists()]
+        if last.is_symlink() and not last.exists():
+            last.unlink()
+            if self._files:
+                self._point_to(self._files[-1])
+
+    def _point_to(self, path: Path) -> None:
+        """Let `last` be this file."""
+        last = self.folder / LAST
+        with explained(last):
+            linked = replace_link(last, path.name)
+        if not linked:
+            replace_by_copy(last, path)
 
     def _dump(self, trainer: L.Trainer) -> dict[str, Any]:
         return trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
@@ -225,7 +266,8 @@ class CheckpointKeeper(Checkpoint):
 
     def _write_best(self, trainer: L.Trainer) -> None:
         checkpoint, plugin = self._dump(trainer), trainer.strategy.checkpoint_io
-        on_first_rank(trainer, lambda: plugin.save_checkpoint(checkpoint, self.folder / BEST))
+        with signals.held():
+            on_first_rank(trainer, lambda: plugin.save_checkpoint(checkpoint, self.folder / BEST))
 
     def _read_score(self, trainer: L.Trainer) -> float:
         """The metric of the validation that has just ended, as rank 0 has it."""

@@ -8,12 +8,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from beit.checkpoints.atomic import local_path
 from beit.checkpoints.errors import DamagedCheckpoint
 from beit.checkpoints.file import CheckpointFile
 from beit.checkpoints.header import Entry
 from beit.errors import UserError
+from beit.files import local_path
+from beit.interop.fields import Fields
 from beit.models.transfer import TransferReport, adapt_backbone
+from beit.sizes import patch_grid
 
 _WEIGHTS = "state_dict"
 
@@ -136,7 +138,11 @@ def initialise(task: nn.Module, path: str | Path) -> TransferReport:
 
     checkpoint = any_checkpoint(path, tell="remarks", config=False)
     backbone = task.get_submodule("backbone")
-    tensors, report = adapt_backbone(checkpoint.part("backbone"), backbone)  # type: ignore[arg-type]
+    tensors, report = adapt_backbone(
+        checkpoint.part("backbone"),
+        backbone,  # type: ignore[arg-type]
+        source_grid=_grid_of(checkpoint),
+    )
     for side, keys in (("the checkpoint", report.unexpected), ("the model", report.missing)):
         strange = [key for key in keys if not key.startswith(_STAGE_BOUND)]
         if strange:
@@ -147,6 +153,14 @@ def initialise(task: nn.Module, path: str | Path) -> TransferReport:
     backbone.load_state_dict(tensors, strict=False)
     _carry_heads(task, checkpoint, report)
     return report
+
+
+def _grid_of(checkpoint: Checkpoint) -> tuple[int, int] | None:
+    """Patch grid (h, w) of the weights: their number of positions alone fits (w, h) as well."""
+    node = Fields(checkpoint.config, checkpoint.path).inner("task").inner("backbone")
+    if "image_size" not in node or "patch_size" not in node:
+        return None
+    return patch_grid(node.size("image_size"), node.whole("patch_size"))
 
 
 def _carry_heads(task: nn.Module, checkpoint: Checkpoint, report: TransferReport) -> None:

@@ -8,13 +8,13 @@ import torch
 from lightning.fabric.plugins import CheckpointIO
 from torch import Tensor
 
-from beit.checkpoints.atomic import local_path
 from beit.checkpoints.errors import NonFiniteWeights
 from beit.checkpoints.file import read_file, write_file
 from beit.checkpoints.plain import split
+from beit.files import local_path
 
 # what may hold numbers that are no weights: scores, counters
-_NOT_WEIGHTS = ("callbacks", "loops", "beit")
+_NOT_WEIGHTS = ("callbacks", "loops", "beit", "epoch_metrics")
 
 
 class CheckpointFiles(CheckpointIO):

@@ -10,18 +10,18 @@ from typing import Any
 from torch import nn
 
 from beit.checkpoints import differences
-from beit.checkpoints.atomic import local_path
 from beit.checkpoints.file import CheckpointFile, verify
 from beit.checkpoints.folder import BEST, step_and_run
 from beit.checkpoints.header import SUFFIX
 from beit.checkpoints.models import Checkpoint, as_checkpoint
 from beit.checkpoints.record import new_run_id
 from beit.errors import UserError
-from beit.files import replace_text
+from beit.files import explained, local_path, replace_text
 from beit.run_folder import is_first_process
 
 log = logging.getLogger(__name__)
 
+CHECKPOINTS = "checkpoints"  # usually, the folder of them in the run's
 RUN_ID = "run_id"  # in the run's folder: which checkpoints are its own
 _RESTARTS = {"TORCHELASTIC_RESTART_COUNT": "torchrun", "SLURM_RESTART_COUNT": "SLURM"}
 
@@ -35,18 +35,22 @@ class Beginning:
     checkpoint: Checkpoint | None = None
 
 
-def implied(resume: str | None) -> str | None:
-    """`resume`, or auto where torchrun or SLURM has started this job again."""
+def implied(resume: str | None, checkpoints: Path) -> str | None:
+    """`resume`, or auto where torchrun or SLURM has started this job again.
+
+    Also where the first start went on from a file: it has got further since, if it wrote any.
+    """
     for variable, launcher in _RESTARTS.items():
         count = os.environ.get(variable, "0")
-        if resume is None and count.isdecimal() and int(count) > 0:
+        wrote = any(checkpoints.glob(f"*{SUFFIX}"))
+        if (resume is None or wrote) and count.isdecimal() and int(count) > 0:
             log.warning("restarted by %s (%s=%s): as with resume=auto", launcher, variable, count)
             return "auto"
     return resume
 
 
-def find(folder: Path, resume: str | None) -> Beginning:
-    """Where the run in `folder` begins. Reads and verifies; writes nothing.
+def find(folder: Path, resume: str | None, checkpoints: Path) -> Beginning:
+    """Where the run in `folder`, which keeps `checkpoints`, begins. Verifies; writes nothing.
 
     `auto` takes the newest checkpoint of this run that verifies, and tells of each that it passes
     over. Where there is none yet it says so and begins at step 0, so that one command line serves
@@ -57,15 +61,17 @@ def find(folder: Path, resume: str | None) -> Beginning:
     if resume is None:
         return Beginning(new_run_id())
     if resume == "auto":
-        file = _newest(folder)
+        file = _newest(checkpoints, read_run_id(folder))
         if file is None:
-            log.warning("resume=auto: no checkpoint in %s yet, this run starts at step 0", folder)
+            told = "resume=auto: no checkpoint in %s yet, this run starts at step 0"
+            log.warning(told, checkpoints)
             return Beginning(read_run_id(folder) or new_run_id())
     else:
         path = local_path(resume)
         if not path.is_file():
             raise UserError(
-                f"resume={resume}: no such checkpoint; resume=auto takes the newest of {folder}"
+                f"resume={resume}: no such checkpoint; resume=auto takes the newest of "
+                f"{checkpoints}"
             )
         file = verify(path)
     checkpoint = as_checkpoint(file)
@@ -103,7 +109,7 @@ def check(
         checkpoint.config, config, old_composed=checkpoint.composed, new_composed=composed
     )
     telling = [change for change in changes if not differences.is_free(change[0])]
-    telling += differences.data_changes(checkpoint.entry["data"], data)
+    telling += differences.data_changes(checkpoint.entry.get("data") or {}, data)
     wrong = differences.refused(telling, allowed)
     if wrong:
         keys = ",".join(dict.fromkeys(key for key, *_ in wrong))
@@ -139,21 +145,21 @@ def read_run_id(folder: Path) -> str:
 
 def write_run_id(folder: Path, run_id: str) -> None:
     """Mark a folder as this run's."""
-    replace_text(folder / RUN_ID, f"{run_id}\n")
+    with explained(folder / RUN_ID):
+        replace_text(folder / RUN_ID, f"{run_id}\n")
 
 
-def _newest(folder: Path) -> CheckpointFile | None:
-    """The newest checkpoint of the run in `folder` that verifies; None where there is no file.
+def _newest(folder: Path, run_id: str) -> CheckpointFile | None:
+    """The newest checkpoint of this run in `folder` that verifies; None where there is no file.
 
     Raises UserError where there are files and none of them is good.
     """
-    run_id = read_run_id(folder)
-    headers, passed = _headers(folder / "checkpoints")
+    headers, passed = _headers(folder)
     runs = {run for _, run, _ in headers}
     if not run_id and len(runs) > 1:
         raise UserError(
-            f"resume=auto: {folder / 'checkpoints'} has checkpoints of {len(runs)} runs: name the "
-            "one to go on from (resume=PATH)"
+            f"resume=auto: {folder} has checkpoints of {len(runs)} runs: name the one to go on "
+            "from (resume=PATH)"
         )
     chosen = None
     for _, run, path in sorted(headers, reverse=True):
@@ -171,11 +177,11 @@ def _newest(folder: Path) -> CheckpointFile | None:
             log.warning("resume=auto passes over %s: it %s", path, reason)
     if chosen is None and passed:
         raise UserError(
-            f"resume=auto: none of the {len(passed)} checkpoints in {folder / 'checkpoints'} can "
-            f"be used ({passed[-1][0].name} {passed[-1][1]}); name another (resume=PATH), or give "
+            f"resume=auto: none of the {len(passed)} checkpoints in {folder} can be used "
+            f"({passed[-1][0].name} {passed[-1][1]}); name another (resume=PATH), or give "
             "a new run another name (name=...)"
         )
-    if chosen is not None and chosen.path.name == BEST and is_first_process():
+    if chosen and passed and chosen.path.name == BEST and is_first_process():
         log.warning("resume=auto: all that is left is the best checkpoint, an earlier state")
     return chosen
 
@@ -189,9 +195,9 @@ def _headers(folder: Path) -> tuple[list[tuple[int, str, Path]], list[tuple[Path
         if path.is_symlink() and path.exists() and path.resolve().parent == folder.resolve():
             continue  # `last`: its file has its own name
         try:
-            step, run = step_and_run(CheckpointFile.open(path).tree())
-            facts = path.stat()
-            found[facts.st_dev, facts.st_ino] = step, run, path
+            file = CheckpointFile.open(path)
+            facts = os.fstat(file.descriptor)
+            found[facts.st_dev, facts.st_ino] = *step_and_run(file.tree()), path
         except UserError as error:
             unread.append((path, _reason(path, error)))
     return list(found.values()), unread

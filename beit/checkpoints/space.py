@@ -19,7 +19,9 @@ def check_space(trainer: L.Trainer, folder: Path, present: Sequence[Path], *, fi
         present: files of this run, whose space will be used again.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    needed = checkpoint_size(trainer) * (files + 1) - sum(path.stat().st_size for path in present)
+    facts = [path.stat() for path in present]
+    again = {(fact.st_dev, fact.st_ino): fact.st_size for fact in facts}  # the best has two names
+    needed = checkpoint_size(trainer) * (files + 1) - sum(again.values())
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise NoSpace(folder, needed, free)

@@ -7,8 +7,9 @@ import torch
 import torch.distributed as dist
 
 from beit.job import signals
+from beit.job.signals import NUMBERS
 
-# a rank beside its signal in one number, so that the maximum is of one rank
+# a rank beside the weight of its signal in one number, so that the maximum is of one rank
 _RANKS = 1 << 20
 
 
@@ -16,7 +17,7 @@ class Asked(NamedTuple):
     """A stop that the job was asked for."""
 
     number: int  # the signal
-    rank: int  # the highest of those that got it
+    rank: int  # of those that got it the highest
 
 
 class Agreement:
@@ -42,13 +43,16 @@ class Agreement:
     def meet(self, *facts: bool) -> list[bool]:
         """Whether each fact holds on any rank; `stop` is then the same everywhere."""
         asked = signals.current()
-        own = asked.stop.number * _RANKS + self._rank if asked and asked.stop else 0
+        own = 0
+        if asked is not None and asked.stop is not None:
+            own = (1 + NUMBERS.index(asked.stop.number)) * _RANKS + self._rank
         values = [own, *map(int, facts)]
         if self._group is not None:
             tensor = torch.tensor(values)
             dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self._group)
             values = tensor.tolist()
-        self.stop = Asked(values[0] // _RANKS, values[0] % _RANKS) if values[0] else None
+        weight, rank = divmod(values[0], _RANKS)
+        self.stop = Asked(NUMBERS[weight - 1], rank) if weight else None
         return [bool(value) for value in values[1:]]
 
     def gather(self, value: Any) -> list[Any]:

@@ -10,6 +10,7 @@ import torch
 
 from beit.errors import UserError
 from beit.job.exits import Exit, RunEnd
+from beit.job.signals import AtOnce
 
 # what gloo, NCCL and the stores raise at a rank because another one is gone
 _FOLLOW_UP = re.compile(
@@ -88,7 +89,7 @@ def code_of(error: BaseException) -> int:
         return Exit.MISTAKE
     if isinstance(error, RunEnd):
         return error.code
-    if isinstance(error, KeyboardInterrupt):
+    if isinstance(error, (KeyboardInterrupt, AtOnce)):
         return Exit.SIGINT
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else Exit.FAULT if error.code else 0

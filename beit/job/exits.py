@@ -73,5 +73,5 @@ def of_signal(number: int) -> Exit:
 
 
 def is_stop(code: int) -> bool:
-    """Whether a process that ended so was asked to stop: a sweep then stops too."""
+    """Whether a process that ended so was asked to."""
     return code in (Exit.SIGINT, Exit.SIGUSR1, Exit.SIGTERM)

@@ -1,5 +1,6 @@
 """Where the ranks of a job report: a thread of rank 0 with a port of its own."""
 
+import contextlib
 import hmac
 import secrets
 import socket
@@ -11,6 +12,9 @@ from beit.job.causes import Cause
 from beit.job.judge import Judge
 from beit.job.messages import Channel, wait
 from beit.job.processes import Process
+
+# seconds: what many ranks say is taken together, for each round costs the main thread of rank 0
+_ROUND = 0.1
 
 
 class Hub(threading.Thread):
@@ -28,7 +32,7 @@ class Hub(threading.Thread):
         self.cause: Cause | None = None
         self._heartbeat = heartbeat
         self._judge = Judge(limit=limit, heartbeat=heartbeat)
-        self._listener = socket.create_server(("" if everywhere else "127.0.0.1", 0))
+        self._listener = _listen_on_all() if everywhere else socket.create_server(("127.0.0.1", 0))
         self._listener.setblocking(False)
         self._channels: dict[Channel, int | None] = {}  # the rank, once it has registered
         self._closing = threading.Event()
@@ -61,17 +65,16 @@ class Hub(threading.Thread):
                 self._judge.paused(now - last)
             last = now
             self._pronounce(now)
+            self._closing.wait(_ROUND)
         for channel in list(self._channels):
             channel.send("closing")
             channel.close()
         self._listener.close()
 
     def _accept(self) -> None:
-        try:
-            connection, _ = self._listener.accept()
-        except OSError:
-            return
-        self._channels[Channel(connection)] = None
+        with contextlib.suppress(OSError):  # there are no more, or no more files can be opened
+            while True:
+                self._channels[Channel(self._listener.accept()[0])] = None
 
     def _listen(self, channel: Channel) -> None:
         for message in channel.receive():
@@ -87,21 +90,31 @@ class Hub(threading.Thread):
                 self._judge.lost(rank, time.monotonic())
 
     def _register(self, channel: Channel, message: dict[str, Any]) -> None:
-        if not hmac.compare_digest(str(message.get("token")), self.token):
+        token = str(message.get("token")).encode(errors="replace")
+        if not hmac.compare_digest(token, self.token.encode()):
             channel.ended = True
             return
         rank, process = int(message["rank"]), Process(**message["process"])
         self._channels[channel] = rank
         self._judge.registered(rank, process, message["host"], time.monotonic())
-        roster = {
-            rank: [member.host, vars(member.process)]
-            for rank, member in self._judge.members.items()
-        }
-        for known, other in self._channels.items():
-            if other is not None:
-                known.send("roster", members=roster)
+        self._introduce(channel, rank)
         if self.cause is not None:
             self._tell([channel])
+
+    def _introduce(self, newcomer: Channel, rank: int) -> None:
+        """Rank 0 is told of all, the others of rank 0 and of those on their machine."""
+        members = self._judge.members
+        machine = members[rank].process.machine
+        entries = {}
+        for channel, other in self._channels.items():
+            if other is None or not (
+                0 in (rank, other) or members[other].process.machine == machine
+            ):
+                continue
+            entries[other] = members[other].introduction
+            if channel is not newcomer:
+                channel.send("roster", members={rank: members[rank].introduction})
+        newcomer.send("roster", members=entries)
 
     def _take(self, channel: Channel, rank: int, message: dict[str, Any]) -> None:
         now, kind = time.monotonic(), message.pop("kind")
@@ -128,3 +141,11 @@ class Hub(threading.Thread):
         assert self.cause is not None
         for channel in channels:
             channel.send("cause", cause=self.cause.as_dict())
+
+
+def _listen_on_all() -> socket.socket:
+    """On a port of all networks of this machine; all ranks may come at once."""
+    if socket.has_dualstack_ipv6():
+        options: dict[str, Any] = {"family": socket.AF_INET6, "dualstack_ipv6": True}
+        return socket.create_server(("", 0), backlog=1024, **options)
+    return socket.create_server(("", 0), backlog=1024)

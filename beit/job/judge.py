@@ -33,6 +33,11 @@ class Member:
     lost: float | None = None  # when its connection ended without that
     returncode: int | None = None
 
+    @property
+    def introduction(self) -> list[object]:
+        """What other ranks are told of it."""
+        return [self.host, vars(self.process)]
+
 
 class Judge:
     """Collects what is heard of the ranks, and finds the first cause of their end.
@@ -84,8 +89,7 @@ class Judge:
         if rank not in self.members:
             self.members[rank] = Member(Process("", 0, 0), "", heard=now, changed=now)
         self.members[rank].returncode = returncode
-        if returncode != 0 or self.members[rank].left is None:
-            self.lost(rank, now)
+        self.lost(rank, now)
 
     def overdue(self, now: float) -> None:
         """Rank 0 has long been done, others have not."""

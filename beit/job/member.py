@@ -47,9 +47,13 @@ class Member(threading.Thread):
         limit: seconds that rank 0 may be silent.
         heartbeat: seconds between two heartbeats.
         hub: on rank 0, its hub.
+        first_here: the first rank of this machine, as far as Lightning's launcher numbers them: the
+            one whose children the others are.
     """
 
-    def __init__(self, *, limit: float, heartbeat: float, hub: Hub | None) -> None:
+    def __init__(
+        self, *, limit: float, heartbeat: float, hub: Hub | None, first_here: int = 0
+    ) -> None:
         super().__init__(name="beit-member", daemon=True)
         self.place = Place()
         self.rank = -1
@@ -58,7 +62,8 @@ class Member(threading.Thread):
         self.unwound = threading.Event()  # the main thread has closed what it could
         self.children: Callable[[], list[subprocess.Popen[Any]]] = list
         self._limit, self._heartbeat, self._hub = limit, heartbeat, hub
-        self._main = threading.main_thread()
+        self._first_here = first_here
+        self._main = threading.current_thread()
         self._address: tuple[str, int, str] | None = None
         self._channel: Channel | None = None
         self._say: deque[tuple[str, dict[str, Any]]] = deque()
@@ -77,6 +82,10 @@ class Member(threading.Thread):
     def is_alone(self) -> bool:
         """Whether no other rank has been heard of."""
         return not set(self._roster) - {self.rank}
+
+    def meets_others(self) -> bool:
+        """Whether the other ranks are known; waits for that where it has been told of them."""
+        return self._address is not None and self.connected.wait(_CONNECT)
 
     def tell(self, host: str, port: int, token: str, rank: int) -> None:
         """Where rank 0 listens, and which rank this is."""
@@ -131,7 +140,9 @@ class Member(threading.Thread):
 
     def _until_beat(self) -> float:
         """Seconds to sleep; who has started children looks after them more often."""
-        rest = self._beaten + self._heartbeat - time.monotonic()
+        rest = self._heartbeat
+        if self._channel is not None:
+            rest += self._beaten - time.monotonic()
         return min(rest, 0.2) if self.children() else rest
 
     def _connect_if_told(self) -> None:
@@ -159,10 +170,8 @@ class Member(threading.Thread):
         for message in channel.receive():
             self._heard = now
             if message["kind"] == "roster":
-                self._roster = {
-                    int(rank): (host, Process(**process))
-                    for rank, (host, process) in message["members"].items()
-                }
+                for rank, (host, process) in message["members"].items():
+                    self._roster[int(rank)] = host, Process(**process)
                 self.connected.set()
             elif message["kind"] == "cause":
                 self._cause = self._cause or Cause(**message["cause"])
@@ -195,16 +204,15 @@ class Member(threading.Thread):
         return {"where": "".join(traceback.format_list(calls)), "waits": waits}
 
     def _watch_children(self) -> None:
-        for number, child in enumerate(self.children(), start=1):
+        for rank, child in enumerate(self.children(), start=self._first_here + 1):
             returncode = child.poll()
-            if returncode is None or number in self._seen:
+            if returncode is None or rank in self._seen:
                 continue
-            self._seen.add(number)
+            self._seen.add(rank)
             if self._channel is not None:
-                rank = self.rank + number
                 self._say.append(("child", {"rank": rank, "returncode": returncode}))
             elif returncode:
-                self._conclude(number, f"{ended(returncode)}")
+                self._conclude(rank, ended(returncode))
 
     def _conclude(self, rank: int, what: str) -> None:
         """A cause that this rank finds by itself, for rank 0 does not answer."""

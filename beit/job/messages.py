@@ -20,40 +20,43 @@ class Channel:
         self._socket = connection
         self._socket.setblocking(False)
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._received = b""
+        self._received = self._unsent = b""
         self.ended = False
         _open.add(self)
 
     def fileno(self) -> int:
-        """For `select`."""
+        """For `wait`."""
         return self._socket.fileno()
 
     def send(self, kind: str, **content: Any) -> None:
-        """Say something. A peer that takes nothing any more counts as gone."""
-        line = json.dumps({"kind": kind, **content}).encode() + b"\n"
+        """Say something; what the peer does not take yet goes with the next word.
+
+        Its end shows in `receive`: something may still be there to be heard.
+        """
+        if len(self._unsent) < _LONGEST:  # else it does not read: its silence will be noticed
+            self._unsent += json.dumps({"kind": kind, **content}).encode() + b"\n"
         try:
-            if self._socket.send(line) < len(line):
-                self.ended = True
-        except BlockingIOError:
-            pass  # it does not read: its silence will be noticed
+            sent = self._socket.send(self._unsent)
         except OSError:
-            self.ended = True
+            return
+        self._unsent = self._unsent[sent:]
 
     def receive(self) -> list[dict[str, Any]]:
-        """All that was said since; sets `ended` when the peer is gone."""
-        while not self.ended:
+        """All that was said since; sets `ended` when the peer is gone or talks nonsense."""
+        while not self.ended and len(self._received) < _LONGEST:
             try:
                 piece = self._socket.recv(65536)
             except BlockingIOError:
                 break
             except OSError:
                 piece = b""
-            self.ended = not piece or len(self._received) > _LONGEST
+            self.ended = not piece
             self._received += piece
         *lines, self._received = self._received.split(b"\n")
+        self.ended |= len(self._received) >= _LONGEST
         try:
             said = [json.loads(line) for line in lines]
-        except ValueError:
+        except (ValueError, RecursionError):
             self.ended = True
             return []
         return [message for message in said if isinstance(message, dict)]
@@ -66,8 +69,11 @@ class Channel:
 
 def wait(readable: list[Any], seconds: float) -> list[Any]:
     """Those of these that have something to say, as soon as there are any."""
-    live = [one for one in readable if one.fileno() >= 0]
-    return select.select(live, [], [], max(0.0, seconds))[0]
+    live = {one.fileno(): one for one in readable if one.fileno() >= 0}
+    poll = select.poll()  # `select` ends at the 1024th file of a process
+    for number in live:
+        poll.register(number, select.POLLIN)
+    return [live[number] for number, _ in poll.poll(max(0.0, seconds) * 1000)]
 
 
 def _close_inherited() -> None:

@@ -8,12 +8,14 @@ from typing import Any, NamedTuple
 
 import lightning as L
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
 from beit.data.dataset import KeyedDataset
 from beit.data.loading import Loaders
+from beit.errors import UserError
 from beit.job.agreement import Agreement
 from beit.job.exits import Exit, RunEnd
 
@@ -43,7 +45,7 @@ class Fault(NamedTuple):
     what: str  # loss | gradient
     parts: list[tuple[int, int, list[int]]]  # (epoch, micro-batch, samples) of those at fault
     names: list[str]  # of the first samples
-    file: str
+    written: str  # where to, or why not
 
 
 class FiniteGuard(L.Callback):
@@ -156,9 +158,13 @@ class FiniteGuard(L.Callback):
         source = _train_data(trainer).source
         file = self.folder / f"step{step:07d}-rank{trainer.global_rank}.safetensors"
         about = {"step": step, "losses": losses, "gradient_norm": norm, "rank": trainer.global_rank}
-        write_batches(file, trainer.datamodule.loaders, parts, about)
+        written = f"written to {file}"
+        try:
+            write_batches(file, trainer.datamodule.loaders, parts, about)
+        except (OSError, SafetensorError, UserError, RunEnd) as error:
+            written = f"not written ({error})"  # that is not what ends the run
         what = "loss" if any_loss else "gradient"
-        return Fault(trainer.global_rank, what, parts, [source.name(i) for i in first], str(file))
+        return Fault(trainer.global_rank, what, parts, [source.name(i) for i in first], written)
 
 
 def gradient_norm(optimizer: torch.optim.Optimizer) -> Tensor:
@@ -179,7 +185,7 @@ def describe(step: int, faults: list[Fault]) -> str:
         others = f", and {more} more micro-batches" if more else ""
         parts.append(
             f"rank {fault.rank}, epoch {epoch}, micro-batch {number}, samples {samples}{others}, "
-            f"written to {fault.file}"
+            f"{fault.written}"
         )
     what = faults[0].what if faults else "loss"
     return f"step {step}: the {what} is not finite: {'; '.join(parts)}"

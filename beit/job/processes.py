@@ -12,6 +12,7 @@ from pathlib import Path
 # who started this process, for it to end with: `pid:signal`
 PARENT = "BEIT_PARENT"
 _SET_PDEATHSIG = 1  # linux/prctl.h
+_ENDED = ("Z", "X")
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Process:
     @property
     def is_gone(self) -> bool:
         """Whether it ran here and has ended."""
-        return self.is_here and self.state in ("", "Z", "X")
+        return self.is_here and self.state in ("", *_ENDED)
 
     def kill(self) -> None:
         """SIGKILL, if it still lives here. A stopped process can only go like this."""
@@ -79,6 +80,31 @@ def end_with_parent(number: int = signal.SIGKILL) -> None:
         ctypes.CDLL(None).prctl(_SET_PDEATHSIG, int(number), 0, 0, 0)
 
 
+def descendants() -> list[int]:
+    """Living processes that this one started, and theirs. Linux alone; none elsewhere."""
+    children: dict[int, list[int]] = {}
+    gone = set()
+    for path in Path("/proc").glob("[0-9]*") if sys.platform == "linux" else ():
+        pid, fields = int(path.name), _fields(int(path.name))
+        if fields:
+            children.setdefault(int(fields[1]), []).append(pid)
+        if not fields or fields[0] in _ENDED:
+            gone.add(pid)  # what it started may not have another parent yet
+    found, waiting = [], [os.getpid()]
+    while waiting:
+        below = children.get(waiting.pop(), [])
+        found += below
+        waiting += below
+    return [pid for pid in found if pid not in gone]
+
+
+def kill_descendants() -> None:
+    """SIGKILL to all processes below this one."""
+    for pid in descendants():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
 def ended(returncode: int) -> str:
     """How a child ended, in words: from the return code that `subprocess` gives."""
     if returncode >= 0:
@@ -100,9 +126,14 @@ def _machine() -> str:
 
 def _stat(pid: int) -> tuple[str, int]:
     """(state, start time) of a process; ("", 0) where there is none."""
+    fields = _fields(pid)
+    return (fields[0], int(fields[19])) if fields else ("", 0)
+
+
+def _fields(pid: int) -> list[str]:
+    """What the kernel tells of a process: state, parent, ...; nothing where there is none."""
     try:
-        # the name in brackets may hold anything
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
     except OSError:
-        return "", 0
-    return fields[0], int(fields[19])
+        return []
+    return text.rpartition(")")[2].split()  # the name in brackets may hold anything

@@ -12,6 +12,7 @@ to them before is for whoever started them to see.
 import os
 import signal
 import subprocess
+import sys
 import threading
 from types import TracebackType
 from typing import Any
@@ -19,14 +20,22 @@ from typing import Any
 import lightning as L
 from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
 
+from beit.errors import UserError
 from beit.job import causes, exits
 from beit.job.hub import Hub
 from beit.job.member import Member
-from beit.job.processes import end_with_parent, end_with_parent_if_told, name_to_children
+from beit.job.processes import (
+    PARENT,
+    end_with_parent,
+    end_with_parent_if_told,
+    name_to_children,
+)
 from beit.job.settings import JobSettings
 
 # `port:token` of rank 0, for the ranks that Lightning's launcher starts on the same machine
 _ADDRESS = "BEIT_RANK_WATCH"
+# variables of a process that torchrun, slurm or Lightning's launcher has started
+_STARTED_BY_OTHERS = {"LOCAL_RANK", "SLURM_PROCID"}
 
 
 class RankWatch(L.Callback):
@@ -54,30 +63,9 @@ class RankWatch(L.Callback):
         self._started: list[subprocess.Popen[Any]] = []
 
     def __enter__(self) -> "RankWatch":
-        if self._world_size == 1:
-            return self
-        if "TORCHELASTIC_RUN_ID" in os.environ:
-            end_with_parent(signal.SIGTERM)  # the agent's death is a stop
-        end_with_parent_if_told()
-        times = {
-            "limit": self._settings.rank_timeout_seconds,
-            "heartbeat": self._settings.heartbeat_seconds,
-        }
-        address = os.environ.pop(_ADDRESS, "")
-        if self._first:
-            self._hub = Hub(**times, everywhere=self._num_nodes > 1)
-            self._hub.start()
-        self._member = Member(**times, hub=self._hub)
-        self._member.children = self._children
-        if self._hub is not None:
-            self._member.tell("127.0.0.1", self._hub.port, self._hub.token, 0)
-            name_to_children(signal.SIGKILL)
-            os.environ[_ADDRESS] = f"{self._hub.port}:{self._hub.token}"
-        elif address:
-            self._launched = True
-            port, _, token = address.partition(":")
-            self._member.tell("127.0.0.1", int(port), token, int(os.environ["LOCAL_RANK"]))
-        self._member.start()
+        if self._world_size > 1:
+            _end_with_starter()
+            self._member = self._begin()
         return self
 
     def __exit__(
@@ -90,7 +78,9 @@ class RankWatch(L.Callback):
             return
         _forget_environment()
         code = causes.code_of(error) if error is not None else exits.Exit.DONE
-        if self._member.is_alone or code == exits.Exit.DONE or exits.is_stop(code):
+        ends_well = code == exits.Exit.DONE or exits.is_stop(code)
+        # what is raised at once may be faster than the news of the others
+        if ends_well or not self._member.meets_others() or self._member.is_alone:
             self._member.leave(code)
             if self._hub is not None:
                 self._hub.close()
@@ -114,8 +104,7 @@ class RankWatch(L.Callback):
         if self._member.rank < 0:
             host, port, token = address
             self._member.tell(host, port, token, trainer.global_rank)
-        known = self._member.connected.wait(self._settings.heartbeat_seconds + 1.0)
-        if self._launched and known:
+        if self._member.meets_others() and self._launched:
             end_with_parent(0)  # the watch sees it, and can say why
 
     def on_exception(
@@ -151,6 +140,29 @@ class RankWatch(L.Callback):
         self._warm["val"] = True
         self._tick(in_step=False)
 
+    def _begin(self) -> Member:
+        """This rank's thread, and the hub on rank 0; who was launched has the address already."""
+        times = {
+            "limit": self._settings.rank_timeout_seconds,
+            "heartbeat": self._settings.heartbeat_seconds,
+        }
+        address = os.environ.pop(_ADDRESS, "")
+        self._launched = bool(address)
+        if self._first:
+            self._hub = Hub(**times, everywhere=self._num_nodes > 1)
+            self._hub.start()
+            address = os.environ[_ADDRESS] = f"{self._hub.port}:{self._hub.token}"
+        node = int(os.environ.get("NODE_RANK", os.environ.get("GROUP_RANK", 0)))
+        first_here = node * (self._world_size // self._num_nodes)
+        member = Member(**times, hub=self._hub, first_here=first_here)
+        member.children = self._children
+        if address:
+            port, _, token = address.partition(":")
+            rank = 0 if self._first else int(os.environ["LOCAL_RANK"])
+            member.tell("127.0.0.1", int(port), token, rank)
+        member.start()
+        return member
+
     def _tick(self, *, in_step: bool) -> None:
         if self._member is not None:
             self._member.place.in_step = in_step
@@ -181,7 +193,27 @@ class RankWatch(L.Callback):
         return self._started
 
 
+def _end_with_starter() -> None:
+    """Who started this process takes it along; and it those that it will start."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with_parent(signal.SIGTERM)  # the agent's death is a stop
+    end_with_parent_if_told()
+    if not _STARTED_BY_OTHERS & set(os.environ):
+        _refuse_without_file()
+        name_to_children(signal.SIGKILL)
+
+
 def _forget_environment() -> None:
     """What was meant for the launched ranks is for no later child."""
-    for name in (_ADDRESS, "BEIT_PARENT"):
+    for name in (_ADDRESS, PARENT):
         os.environ.pop(name, None)
+
+
+def _refuse_without_file() -> None:
+    """Lightning starts the other ranks by running this program again."""
+    main = sys.modules["__main__"]
+    if not hasattr(main, "__file__") and getattr(main, "__spec__", None) is None:
+        raise UserError(
+            "several devices are a process each, and `python -c` or a notebook cannot be started "
+            "again for them: put the program into a file, or use `beit train` or torchrun"
+        )

@@ -8,18 +8,18 @@ where the main thread said that it may be interrupted.
 import os
 import select
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from types import FrameType
 from typing import Any, NamedTuple
 
 from beit.job.exits import of_signal
-from beit.job.processes import end_with_parent
+from beit.job.processes import end_with_parent, kill_descendants
 
+# of two at once the later here counts: of the SIGUSR1 that slurm sends to all, torchrun's agent
+# dies, and its ranks get a SIGTERM for that, too
 NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 # one Ctrl-C may reach a process twice, from the terminal and through its launcher
 SAME_SIGNAL_SECONDS = 1.0
@@ -45,14 +45,21 @@ class Interrupted(BaseException):
     end: BaseException | None = None  # what the run ends with, once its state is saved
 
 
+class AtOnce(BaseException):
+    """Raised in the main thread of another's program by a stop that does not wait.
+
+    It leaves `handled` as a KeyboardInterrupt; of that Lightning would make an exit with code 1.
+    """
+
+
 class StopSignals:
     """The stop signals of this process from `install` to `restore`.
 
     Args:
         ends_process: whether this process is the run's own (the command line), and may be ended
             from the thread: when nothing has been trained yet, on a second signal, and when the
-            boundary is not reached in time. In another's program (`beit.train`) the first and the
-            last raise KeyboardInterrupt instead, and there is no deadline.
+            boundary is not reached in time. In another's program (`beit.train`) the first two raise
+            AtOnce instead, and there is no deadline.
     """
 
     def __init__(self, *, ends_process: bool) -> None:
@@ -63,10 +70,13 @@ class StopSignals:
         self.interruptible = False
         self.saved = "without a checkpoint"  # what was, in the words of the last line
         self._deadline: float | None = None
-        self._held = False
+        self._holds = 0
+        self._parent = os.getppid()
         self._old: dict[int, Any] = {}
         self._read, self._write = os.pipe()
         os.set_blocking(self._write, False)
+        self._arrivals = select.poll()  # `select` ends at the 1024th file of a process
+        self._arrivals.register(self._read, select.POLLIN)
         self._thread = threading.Thread(target=self._watch, name="beit-signals", daemon=True)
 
     def install(self) -> None:
@@ -93,13 +103,13 @@ class StopSignals:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Within it no deadline ends the process: a checkpoint is being written."""
-        self._held = True
+        """Within it no deadline ends the process: what a stop is there to save is being written."""
+        self._holds += 1
         try:
             yield
         finally:
-            self._held = False
-            if self.stop is not None:
+            self._holds -= 1
+            if self.stop is not None and not self._holds:
                 self.end_within(self.seconds + (self.step_seconds or 0.0))
 
     @contextmanager
@@ -120,16 +130,26 @@ class StopSignals:
             self._wake()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if not self.ends_process:
-            now, first = time.monotonic(), self.stop
-            self.stop = first or Stop(number, now)
-            second = first is not None and now - first.at > SAME_SIGNAL_SECONDS
-            if second or self.step_seconds is None:
-                raise KeyboardInterrupt
+        if not self.ends_process and (not self._first(number) or self.step_seconds is None):
+            raise AtOnce
         if self.interruptible:
             self.interruptible = False
-            self.stop = self.stop or Stop(number, time.monotonic())
+            self._first(number)
             raise Interrupted
+
+    def _first(self, number: int) -> bool:
+        """Whether it belongs to the first request to stop, which then is for the weightiest."""
+        now, orphaned = time.monotonic(), self._orphaned()
+        before = self.stop or Stop(number, now)
+        if now - before.at > SAME_SIGNAL_SECONDS and not orphaned:
+            return False
+        self.stop = Stop(max(number, before.number, key=NUMBERS.index), before.at)
+        return True
+
+    def _orphaned(self) -> bool:
+        """Whether the launcher has ended since it was last asked: the kernel tells by a signal."""
+        before, self._parent = self._parent, os.getppid()
+        return self._parent != before
 
     def _watch(self) -> None:
         while True:
@@ -139,29 +159,22 @@ class StopSignals:
                 if number in NUMBERS and self.ends_process:
                     self._note(number)
             late = self._deadline is not None and time.monotonic() >= self._deadline
-            if late and not self._held:
+            if late and not self._holds:
                 self._end("the step or what follows it did not end in time")
 
     def _arrived(self) -> bytes:
         timeout = None
-        if self._deadline is not None and not self._held:
-            timeout = max(0.0, self._deadline - time.monotonic())
-        if select.select([self._read], [], [], timeout)[0]:
-            return os.read(self._read, 64)
-        return b""
+        if self._deadline is not None and not self._holds:
+            timeout = 1000 * max(0.0, self._deadline - time.monotonic())
+        return os.read(self._read, 64) if self._arrivals.poll(timeout) else b""
 
     def _note(self, number: int) -> None:
-        now = time.monotonic()
-        # the handler may have been faster
-        if self.stop is None or now - self.stop.at < SAME_SIGNAL_SECONDS:
-            self.stop = self.stop or Stop(number, now)
-            step = self.step_seconds
-            if step is None:
-                self._end("nothing has been trained yet")
-            elif self._deadline is None:
-                self._deadline = self.stop.at + self.seconds + step
-        else:
+        if not self._first(number):
             self._end("this was the second signal")
+        elif self.step_seconds is None:
+            self._end("nothing has been trained yet")
+        elif self._deadline is None:
+            self._deadline = time.monotonic() + self.seconds + self.step_seconds
 
     def _end(self, why: str) -> None:
         """End this process and all that it started, from whatever thread."""
@@ -183,6 +196,11 @@ def current() -> StopSignals | None:
     return _current
 
 
+def held() -> AbstractContextManager[None]:
+    """`StopSignals.held` of this process, if they are installed."""
+    return _current.held() if _current is not None else nullcontext()
+
+
 @contextmanager
 def handled(*, ends_process: bool) -> Iterator[None]:
     """Within it stop signals are ours, in the main thread; elsewhere nobody may say so.
@@ -199,37 +217,13 @@ def handled(*, ends_process: bool) -> Iterator[None]:
         yield
     except Interrupted as interruption:
         raise (interruption.end or KeyboardInterrupt()) from None
+    except AtOnce:
+        raise KeyboardInterrupt from None
     finally:
         # a process that was asked to stop still has to end, whatever holds it
         if outermost and not (ends_process and signals.stop is not None):
             _current = None
             signals.restore()
-
-
-def descendants() -> list[int]:
-    """Processes that this one started, and theirs. Linux alone; none elsewhere."""
-    children: dict[int, list[int]] = {}
-    for path in Path("/proc").glob("[0-9]*/stat") if sys.platform == "linux" else ():
-        try:
-            # the name in brackets may hold anything
-            fields = path.read_text(errors="replace").rpartition(")")[2].split()
-        except OSError:
-            continue
-        if fields[0] != "Z":
-            children.setdefault(int(fields[1]), []).append(int(path.parent.name))
-    found, waiting = [], [os.getpid()]
-    while waiting:
-        below = children.get(waiting.pop(), [])
-        found += below
-        waiting += below
-    return found
-
-
-def kill_descendants() -> None:
-    """SIGKILL to all processes below this one."""
-    for pid in descendants():
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
 
 
 def _say(line: str) -> None:

@@ -10,7 +10,7 @@ import lightning as L
 from lightning.pytorch.trainer.states import TrainerFn
 
 from beit.checkpoints.keeper import CheckpointKeeper
-from beit.checkpoints.loops import validation_due
+from beit.checkpoints.loops import ends_epoch, ends_run, validation_due
 from beit.job import signals, slurm
 from beit.job.agreement import Agreement
 from beit.job.exits import RunEnd, of_signal
@@ -78,7 +78,8 @@ class Stopping(L.Callback):
         self._seconds.append(now - self._stepped_at)
         self._stepped_at = now
         self._expect(max(self._seconds))
-        later = _ends_epoch(trainer) or validation_due(trainer)  # on the way there
+        # on the way there it is asked again
+        later = ends_epoch(trainer) or validation_due(trainer) or ends_run(trainer)
         if self.agreement.stop is not None and not later:
             self._end(trainer)
 
@@ -92,7 +93,7 @@ class Stopping(L.Callback):
         self._stepped_at = time.monotonic()
 
     def on_train_epoch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        if self.agreement.stop is not None and not _is_over(trainer):
+        if self.agreement.stop is not None and not ends_run(trainer):
             self._end(trainer)
 
     def on_exception(
@@ -128,17 +129,16 @@ class Stopping(L.Callback):
         stop = self.agreement.stop
         assert stop is not None
         asked = signals.current()
-        if asked is None:
-            path = keeper_saves(trainer)
-        else:
+        if asked is not None:
             asked.stop = asked.stop or Stop(stop.number, time.monotonic())
-            with asked.held():
-                path = keeper_saves(trainer)
-            asked.saved = f"checkpoint {path}" if path else asked.saved
-        self._ended = Stopped(self._message(trainer, path), stop.number)
-        if trainer.is_global_zero:
-            log.warning("%s", self._ended)
-            slurm.requeue(self.settings, stop.number)
+        with signals.held():
+            path = keeper_saves(trainer)
+            if asked is not None and path:
+                asked.saved = f"checkpoint {path}"
+            self._ended = Stopped(self._message(trainer, path), stop.number)
+            if trainer.is_global_zero:
+                log.warning("%s", self._ended)
+                slurm.requeue(self.settings, stop.number)
 
     def _message(self, trainer: L.Trainer, path: Path | None) -> str:
         stop = self.agreement.stop
@@ -180,14 +180,3 @@ def keeper_saves(trainer: L.Trainer) -> Path | None:
         if isinstance(callback, CheckpointKeeper):
             return callback.save_now(trainer)
     return None
-
-
-def _ends_epoch(trainer: L.Trainer) -> bool:
-    return bool(trainer.fit_loop.epoch_loop._num_ready_batches_reached())
-
-
-def _is_over(trainer: L.Trainer) -> bool:
-    """Whether all was trained that was to be: then the run just ends."""
-    epochs, steps = trainer.max_epochs, trainer.max_steps
-    done = trainer.fit_loop.epoch_progress.current.processed
-    return (epochs not in (None, -1) and done >= epochs) or 0 < steps <= trainer.global_step

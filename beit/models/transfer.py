@@ -78,7 +78,7 @@ def adapt_backbone(
     Args:
         state_dict: released names, without prefix.
         source_grid: patch grid (h, w) of the weights. Without it the positions tell: the model's
-            own grid if their number agrees, else a square one.
+            own grid if their number agrees (as it does of 3x5 and 5x3), else a square one.
 
     Raises:
         UserError: width, depth, patch size or heads differ, no grid explains the positions, or

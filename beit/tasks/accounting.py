@@ -85,17 +85,6 @@ class TokenHistogram(Metric):
     def compute(self) -> Tensor:
         return self.counts
 
-    def over_ranks(self) -> Tensor:
-        """The counts so far of all ranks together, which all must ask for."""
-        return sum_over_ranks(self.counts.clone())
-
-    def go_on_from(self, counts: Tensor, *, rank: int) -> None:
-        """Take up counts of all ranks, on the first one."""
-        self.reset()
-        if rank == 0:
-            self.counts += counts.to(self.counts.device)
-            self._update_count = 1  # else torchmetrics takes it for empty
-
     def commonest_share(self) -> Tensor:
         """Share of the commonest token, in [0, 1]."""
         counts = self.compute().double()

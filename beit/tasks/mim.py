@@ -61,14 +61,6 @@ class MaskedImageModeling(L.LightningModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         self.average.correct_gradients(self)
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["train_tokens"] = self.train_tokens.over_ranks()
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        counts = checkpoint.get("train_tokens")
-        if counts is not None:
-            self.train_tokens.go_on_from(counts, rank=self.global_rank)
-
     def on_train_epoch_end(self) -> None:
         self._log_histogram("train", self.train_tokens)
 

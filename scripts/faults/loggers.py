@@ -1,10 +1,13 @@
 """Loggers that raise, cannot reach their server or have a full disk: the weights stay the same."""
 
+import http.server
 import logging
 import os
 import shutil
 import socket
 import subprocess
+import threading
+import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,12 +45,11 @@ def run(trials: int, folder: Path, seed: int) -> tuple[int, int, str]:
     """The final weights are those of a run without loggers, and the fault is told."""
     expected = _weights(folder / "without", [_nothing], seed)[0]
     assert expected, "the run without loggers did not end"
-    passed, failed, slowest = 0, [], 0.0
+    passed, failed = 0, []
     with _small_disk(folder / "disk") as disk:
         cases = _cases(trials, disk)
         for number, case in enumerate(cases):
             weights, outcome = _weights(folder / str(number), [case.prepare], seed)
-            slowest = max(slowest, outcome.seconds)
             if weights == expected and case.said in outcome.output:
                 passed += 1
             else:
@@ -86,7 +88,11 @@ def _child(folder: Path, prepare: list[Prepare], seed: int) -> None:
 def _cases(trials: int, disk: Path | None) -> list[Case]:
     """Full disks first, then what raises, at different moments; the slow ones of W&B last."""
     cases = [] if disk is None else [_full(disk, where) for where in ("csv", "tensorboard", "log")]
-    servers = [] if trials < 20 else [_unreachable(kind) for kind in ("dead", "silent", "keyless")]
+    servers = (
+        []
+        if trials < 20
+        else [_unreachable(kind) for kind in ("dead", "silent", "hanging", "keyless")]
+    )
     methods = ("log_metrics", "save", "finalize", "experiment")
     for number in range(max(1, trials - len(cases) - len(servers))):
         error = ERRORS[number % len(ERRORS)]
@@ -163,7 +169,7 @@ def _talk() -> None:
 
 
 def _unreachable(kind: str) -> Case:
-    """W&B without a server, with one that accepts and is silent, or without a key."""
+    """W&B without a server, with one that is silent, at once or where runs begin, without a key."""
 
     def prepare(folder: Path) -> list[str]:
         for name in [name for name in os.environ if name.startswith("WANDB")]:
@@ -174,6 +180,10 @@ def _unreachable(kind: str) -> Case:
             server = socket.create_server(("127.0.0.1", 0))
             port = server.getsockname()[1]
             _open.append(server)
+        if kind == "hanging":
+            pages = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Pages)
+            threading.Thread(target=pages.serve_forever, daemon=True).start()
+            port = pages.server_port
         os.environ["WANDB_BASE_URL"] = f"http://127.0.0.1:{port}"
         if kind != "keyless":
             os.environ["WANDB_API_KEY"] = "0" * 40
@@ -183,6 +193,16 @@ def _unreachable(kind: str) -> Case:
 
 
 _open: list[socket.socket] = []
+
+
+class _Pages(http.server.SimpleHTTPRequestHandler):
+    """Shows pages, and does nothing with what is sent to it."""
+
+    def do_POST(self) -> None:
+        time.sleep(TIMEOUT)
+
+    def log_message(self, *_: Any) -> None:
+        pass
 
 
 @contextmanager

@@ -295,7 +295,7 @@ class Job:
 
     def _left(self) -> list[int]:
         """Processes of this job that live; they are told by their output."""
-        return [pid for pid in _below(os.getpid()) if _writes_to(pid, self.folder / "output")]
+        return [pid for pid in processes.descendants() if _writes_to(pid, self.folder / "output")]
 
     def _tail(self) -> str:
         return (self.folder / "output").read_text(errors="replace")[-3000:]
@@ -423,27 +423,6 @@ def _launch_from(function: Callable[[], int]) -> None:
         return waiting.begin(env)
 
     launcher.subprocess = SimpleNamespace(Popen=start)  # type: ignore[assignment]
-
-
-def _below(root: int) -> list[int]:
-    """Living descendants of a process, orphans of theirs included."""
-    children: dict[int, list[int]] = {}
-    ended: set[int] = set()
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = path.read_text(errors="replace").rpartition(")")[2].split()
-        except OSError:
-            continue
-        pid = int(path.parent.name)
-        children.setdefault(int(fields[1]), []).append(pid)
-        if fields[0] in "ZX":
-            ended.add(pid)  # its children may not have come to us yet
-    found, waiting = [], [root]
-    while waiting:
-        below = children.get(waiting.pop(), [])
-        found += below
-        waiting += below
-    return [pid for pid in found if pid not in ended]
 
 
 def _writes_to(pid: int, file: Path) -> bool:

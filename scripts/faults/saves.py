@@ -16,12 +16,12 @@ from typing import Any, BinaryIO
 import torch
 
 from beit.checkpoints import file as files
-from beit.checkpoints.atomic import explained, remove_leftovers
 from beit.checkpoints.file import verify
 from beit.checkpoints.folder import step_of
 from beit.checkpoints.keeper import CheckpointKeeper
 from beit.checkpoints.plugin import CheckpointFiles
 from beit.errors import UserError
+from beit.files import remove_leftovers
 from scripts.faults.forked import start_forked
 
 ROW = "SIGKILL during save"
@@ -103,15 +103,15 @@ def straight_to_its_name() -> Iterator[None]:
     """The fault put back: no temporary file."""
 
     @contextlib.contextmanager
-    def straight(path: Path, needed: int) -> Iterator[tuple[BinaryIO, Path]]:
-        with explained(path, needed), open(path, "wb") as file:
-            yield file, path
+    def straight(path: Path) -> Iterator[BinaryIO]:
+        with path.open("wb") as file:
+            yield file
 
-    original, files.temporary_file = files.temporary_file, straight
+    original, files.replacing = files.replacing, straight
     try:
         yield
     finally:
-        files.temporary_file = original
+        files.replacing = original
 
 
 def _whole(folder: Path) -> int | None:

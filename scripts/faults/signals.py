@@ -288,7 +288,7 @@ def _await_end(children: list[Child], sent: float) -> float | None:
             asked = True
             for child in living:
                 child.send(signal.SIGTERM)
-        if not living and not any(_session(child.pid) for child in children):
+        if not living and not any(session(child.pid) for child in children):
             return time.monotonic() - sent
         time.sleep(0.02)
     return None
@@ -303,7 +303,7 @@ def _alive(pid: int) -> bool:
     return _stat(Path(f"/proc/{pid}/stat"))[0] not in ("", "Z", "X")
 
 
-def _session(leader: int) -> list[int]:
+def session(leader: int) -> list[int]:
     """Living processes of a session: those that a child started, too."""
     found = []
     for path in Path("/proc").glob("[0-9]*/stat"):

@@ -20,11 +20,12 @@ from safetensors.torch import load_file, save_file
 
 from beit.checkpoints import file as files
 from beit.checkpoints import header as headers
-from beit.checkpoints.atomic import local_path, remove_leftovers
 from beit.checkpoints.errors import DamagedCheckpoint, NewerSchema, NoSpace
 from beit.checkpoints.file import CheckpointFile, read_file, verify, write_file
 from beit.checkpoints.plugin import CheckpointFiles, NonFiniteWeights
 from beit.errors import UserError
+from beit.files import local_path, remove_leftovers, replace_text
+from beit.interop.recognise import is_ours
 
 
 def tree():
@@ -152,6 +153,55 @@ def test_a_part_is_read_and_verified_alone(path):
     with pytest.raises(DamagedCheckpoint, match=r"state_dict\.c"):
         file.read(["state_dict.c"])
     with pytest.raises(DamagedCheckpoint, match=r"state_dict\.c"):
+        read_file(path)
+
+
+def test_a_file_that_is_replaced_while_it_is_read_is_not_damaged(path):
+    """As `last` and `best` are, by a run that goes on."""
+    file = CheckpointFile.open(path)
+    write_file(path, {"state_dict": {"c": torch.zeros(5)}, "more": torch.ones(99)})
+    assert torch.equal(file.read(["state_dict.c"])["state_dict.c"], torch.arange(5.0, 10.0))
+    descriptor = file.descriptor
+    del file
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(descriptor)
+
+
+def test_writers_of_two_machines_do_not_share_a_temporary_file(tmp_path, monkeypatch):
+    """Where file systems have no locks, and processes in containers have the same numbers."""
+    monkeypatch.setattr(os, "getpid", lambda: 7)
+    with files.replacing(tmp_path / "a") as first, files.replacing(tmp_path / "a") as second:
+        assert first.name != second.name
+
+
+def test_small_texts_are_replaced_as_a_whole(tmp_path, monkeypatch):
+    path = tmp_path / "folder" / "a.txt"
+    replace_text(path, "ä\r\n")
+    assert path.read_bytes() == b"\xc3\xa4\r\n"
+    assert path.stat().st_mode & 0o777 == 0o666 & ~umask()
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        replace_text(path, "b")
+    assert path.read_text() == "ä\n"
+    assert [p.name for p in path.parent.iterdir()] == ["a.txt"]
+
+
+def umask():
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def test_a_schema_of_thousands_of_digits_is_refused(path, monkeypatch):
+    monkeypatch.setattr(headers, "SCHEMA", "9" * 5000)
+    monkeypatch.setattr(files, "verify", lambda path: None)
+    write_file(path, {"x": 1})
+    monkeypatch.undo()
+    with pytest.raises(NewerSchema):
         read_file(path)
 
 
@@ -283,6 +333,7 @@ def test_lengths_of_headers_that_look_like_a_pickle(path):
         write_file(path, {"x": torch.ones(2), "text": "a" * padding})
         first.add(path.read_bytes()[0])
         assert read_file(path)["text"] == "a" * padding
+        assert is_ours(path)
     assert 0x80 in first
 
 

@@ -1,6 +1,7 @@
 """When checkpoints are written, which stay, and what is never touched."""
 
 import math
+import os
 import shutil
 from types import SimpleNamespace
 
@@ -15,6 +16,7 @@ from beit.checkpoints.file import read_file, write_file
 from beit.checkpoints.keeper import CheckpointKeeper
 from beit.checkpoints.plugin import CheckpointFiles
 from beit.checkpoints.record import RunRecord
+from beit.checkpoints.space import check_space
 from beit.errors import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -154,6 +156,86 @@ def test_files_of_others_are_left_alone(tmp_path):
     fit(tmp_path, epochs=1, keep={"keep": 1})  # it comes to a step of theirs
     assert "epoch0000-step0000004-r1.safetensors" in names(tmp_path)
     assert all(path.read_bytes() == content for path, content in theirs.items())
+
+
+def test_what_is_due_at_the_last_step_of_an_epoch_comes_after_its_end(tmp_path):
+    """Without a validation: a run that goes on from before that end would never see it."""
+    counts = []
+
+    class Ended(L.Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            counts.append(steps(tmp_path))
+
+    keep = {"every_n_steps": 1, "every_n_epochs": 0, "keep": -1}
+    fit(tmp_path, keep=keep, extra=[Ended()], check_val_every_n_epoch=5)
+    assert counts == [[1, 2, 3], [1, 2, 3, 4, 5, 6, 7]]
+    assert steps(tmp_path) == list(range(1, 9))
+
+
+def test_going_back_sets_the_later_ones_aside(tmp_path, caplog):
+    """Else `resume=auto` would go on from what the user has left."""
+    keep = {"every_n_steps": 1, "every_n_epochs": 0, "keep": -1, "best_by": "val/score"}
+    fit(tmp_path, keep=keep)
+    fit(tmp_path / "other", run_id="another")
+    (tmp_path / "other" / "epoch0001-step0000008.safetensors").rename(
+        tmp_path / "epoch0001-step0000099.safetensors"
+    )
+    back = tmp_path / "epoch0000-step0000003.safetensors"
+    fit(tmp_path, keep={**keep, "best_by": ""}, resume=back, max_steps=5)
+    assert steps(tmp_path)[-2:] == [8, 99]
+    assert sorted(int(path.name[14:21]) for path in tmp_path.glob("epoch*.safetensors")) == [
+        *(1, 2, 3, 4, 5, 99)
+    ]
+    aside = sorted(path.name.split(".later-")[0] for path in tmp_path.glob("*.later-*"))
+    assert aside == ["best.safetensors"] + [
+        f"epoch000{step // 5}-step000000{step}.safetensors" for step in (4, 5, 6, 7, 8)
+    ]
+    assert len(aside) == len([r for r in caplog.records if "is of a step after 3" in r.message])
+    assert read_file(tmp_path / "last.safetensors")["global_step"] == 5
+
+
+def test_going_back_leaves_no_link_to_nothing(tmp_path):
+    fit(tmp_path, keep={"every_n_steps": 1, "keep": -1})
+    back = tmp_path / "epoch0000-step0000003.safetensors"
+    keeper = CheckpointKeeper(tmp_path)
+    trainer = SimpleNamespace(global_step=3, callbacks=[record()])
+    keeper._files = sorted(tmp_path.glob("epoch*"))
+    keeper._set_aside(trainer)
+    assert (tmp_path / "last.safetensors").readlink().name == back.name
+    trainer.global_step = 0
+    keeper._set_aside(trainer)
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_a_file_system_without_links(tmp_path, monkeypatch):
+    def refused(*_):
+        raise OSError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "symlink", refused)
+    monkeypatch.setattr(os, "link", refused)
+    fit(tmp_path, keep={"best_by": "val/score"})
+    assert names(tmp_path) == [
+        "best.safetensors", "epoch0000-step0000004.safetensors",
+        "epoch0001-step0000008.safetensors", "last.safetensors",
+    ]  # fmt: skip
+    assert read_file(tmp_path / "last.safetensors")["global_step"] == 8
+
+
+def test_the_space_of_two_names_is_there_once(tmp_path, monkeypatch):
+    usage = SimpleNamespace(total=0, used=0, free=10**9)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
+    keep = {"best_by": "val/score", "keep": 2}
+    fit(tmp_path, keep=keep)
+    sizes = {path.stat().st_ino: path.stat().st_size for path in tmp_path.glob("*.safetensors")}
+    assert len(sizes) == 2
+    trainer = SimpleNamespace(lightning_module=Task(), callbacks=[], optimizers=[])
+    monkeypatch.setattr("beit.checkpoints.space.checkpoint_size", lambda trainer: 10**5)
+    present = [path for path in tmp_path.iterdir() if not path.is_symlink()]
+    usage.free = 4 * 10**5 - sum(sizes.values()) - 1
+    with pytest.raises(NoSpace):
+        check_space(trainer, tmp_path, present, files=3)
+    usage.free += 1
+    check_space(trainer, tmp_path, present, files=3)
 
 
 def test_leftovers_of_a_killed_save_go_at_the_next_start(tmp_path):

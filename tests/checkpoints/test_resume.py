@@ -1,17 +1,22 @@
 """A run goes on from its newest good checkpoint, and never from none in silence."""
 
 import logging
+import multiprocessing
 import os
 import shutil
+import signal
+import time
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from beit.checkpoints import resume
-from beit.checkpoints.atomic import replace_link
+from beit import run_folder
+from beit.checkpoints import differences, resume
 from beit.checkpoints.file import write_file
 from beit.errors import UserError
+from beit.files import replace_link
 
 CONFIG = {"task_name": "mim", "seed": 0, "optim": {"lr": 0.1}, "views": {"size": 8}}
 CONFIG |= {"data": {}, "tokenizer": {}}
@@ -51,15 +56,19 @@ def damage(path):
     path.write_bytes(content)
 
 
+def find(folder, wanted):
+    return resume.find(folder, wanted, folder / "checkpoints")
+
+
 def found(folder, wanted="auto"):
-    path = resume.find(folder, wanted).path
+    path = find(folder, wanted).path
     return None if path is None else path.name
 
 
 def test_auto_takes_the_newest(run, caplog):
     assert found(run) == "epoch0000-step0000010.safetensors"
     assert not caplog.records
-    beginning = resume.find(run, "auto")
+    beginning = find(run, "auto")
     assert beginning.run_id == "r1"
     assert beginning.checkpoint.shapes == {"weight": (2, 3), "bias": (2,)}
 
@@ -89,15 +98,15 @@ def test_auto_never_starts_from_zero_in_silence(run, caplog):
         if not path.is_symlink():
             damage(path)
     with pytest.raises(UserError, match=r"none of the 4 checkpoints .* name another"):
-        resume.find(run, "auto")
+        find(run, "auto")
     for path in (run / "checkpoints").glob("epoch*"):
         path.unlink()
     (run / "checkpoints" / "best.safetensors").unlink()
     with pytest.raises(UserError, match="none of the 1 checkpoints"):  # a link to nothing
-        resume.find(run, "auto")
+        find(run, "auto")
     shutil.rmtree(run / "checkpoints")
     caplog.clear()
-    beginning = resume.find(run, "auto")
+    beginning = find(run, "auto")
     assert (beginning.path, beginning.run_id) == (None, "r1")
     assert "starts at step 0" in caplog.text
 
@@ -124,7 +133,7 @@ def test_a_folder_without_an_id_and_with_two_runs_is_ambiguous(run):
     assert found(run) == "epoch0000-step0000010.safetensors"
     write(run, 11, run_id="another")
     with pytest.raises(UserError, match="of 2 runs: name the one"):
-        resume.find(run, "auto")
+        find(run, "auto")
 
 
 def test_one_that_was_named_must_be_good(run):
@@ -132,29 +141,32 @@ def test_one_that_was_named_must_be_good(run):
     assert found(run, str(path)) == path.name
     damage(path)
     with pytest.raises(UserError, match="is damaged"):
-        resume.find(run, str(path))
+        find(run, str(path))
     with pytest.raises(UserError, match="no such checkpoint; resume=auto"):
-        resume.find(run, str(run / "none"))
+        find(run, str(run / "none"))
     with pytest.raises(UserError, match="local files"):
-        resume.find(run, "https://host/x.safetensors")
+        find(run, "https://host/x.safetensors")
 
 
 @pytest.mark.parametrize("variable", ["TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"])
-def test_a_restart_by_the_launcher_goes_on(monkeypatch, caplog, variable):
+def test_a_restart_by_the_launcher_goes_on(monkeypatch, caplog, variable, tmp_path):
     monkeypatch.delenv(variable, raising=False)
-    assert resume.implied(None) is None
+    assert resume.implied(None, tmp_path) is None
     monkeypatch.setenv(variable, "0")
-    assert resume.implied(None) is None
+    assert resume.implied(None, tmp_path) is None
     monkeypatch.setenv(variable, "1")
-    assert resume.implied(None) == "auto"
+    assert resume.implied(None, tmp_path) == "auto"
     assert variable in caplog.text
-    assert resume.implied("x.safetensors") == "x.safetensors"
+    # nothing was written since the file that was named, or something was
+    assert resume.implied("x.safetensors", tmp_path) == "x.safetensors"
+    path = write(tmp_path, 3)
+    assert resume.implied("x.safetensors", path.parent) == "auto"
 
 
 def check(run, *, task=None, allowed=(), config=(), composed=(), data=()):
     full = {**CONFIG, "datamodule": {"views": dict(config).get("views", CONFIG["views"])}}
     resume.check(
-        resume.find(run, "auto"),
+        find(run, "auto"),
         task or nn.Linear(3, 2),
         config={**full, **dict(config)},
         composed={**COMPOSED, **dict(config), **dict(composed)},
@@ -210,8 +222,103 @@ def test_every_entry_of_the_table_is_a_key(tiny):
     from beit import config
     from beit.checkpoints.differences import FREE
 
-    cfg = config.compose([*tiny["mim"], "name=x", "tokenizer.path=x"])
-    optional = {"", "callbacks.ema", "trainer.max_time", "trainer.profiler"}
+    optional = {"", "trainer.max_time", "trainer.profiler", "trainer.val_check_interval"}
     optional |= {"trainer.accumulate_grad_batches"}  # worked out from the batch
-    keys = {key for key, _ in config.dotted_keys(cfg)}
+    words = [[*tiny[task], "name=x"] for task in ("mim", "classification", "tokenizer")]
+    words[0] += ["tokenizer=dalle", "tokenizer.encoder_path=x", "callbacks=mim"]
+    words += [[*tiny["mim"], "name=x", "tokenizer.path=x"]]
+    keys = {key for some in words for key, _ in config.dotted_keys(config.compose(some))}
     assert set(FREE) - optional - keys == set()
+
+
+@pytest.mark.parametrize(
+    ("key", "free"),
+    [
+        ("callbacks.ema.decay", False),
+        ("callbacks.mine", False),  # a user's own may change the weights
+        ("callbacks.checkpoints.keep", True),
+        ("tokenizer.encoder_path", True),
+        ("tokenizer.vocab_size", False),
+        ("views.eval.crop_pct", True),
+        ("views.train.flip", False),
+        ("trainer.val_check_interval", True),
+        ("trainer.limit_train_batches", False),
+        ("trainer.precision", False),
+        ("batch.global_size", False),
+        ("batch.per_device", True),
+    ],
+)
+def test_what_may_change(key, free):
+    assert differences.is_free(key) is free
+
+
+def test_a_folder_of_checkpoints_elsewhere_in_the_run(run):
+    (run / "checkpoints").rename(run / "others")
+    assert resume.find(run, "auto", run / "others").path.name == "epoch0000-step0000010.safetensors"
+
+
+def test_the_newest_may_be_the_best(run, caplog):
+    write(run, 12, name="best.safetensors")  # of a validation within an epoch
+    assert found(run) == "best.safetensors"
+    assert not caplog.records
+
+
+def test_a_disk_that_cannot_be_read_is_passed_over(run, monkeypatch, caplog):
+    whole = os.preadv
+
+    def failing(descriptor, views, place):
+        if os.readlink(f"/proc/self/fd/{descriptor}").endswith("10.safetensors"):
+            raise OSError(5, "Input/output error")
+        return whole(descriptor, views, place)
+
+    monkeypatch.setattr(os, "preadv", failing)
+    assert found(run) == "epoch0000-step0000009.safetensors"
+    assert "cannot be read (Input/output error)" in caplog.text
+
+
+def test_a_checkpoint_folder_that_is_a_link_is_in_the_run(run, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("disk") / "big"
+    (run / "checkpoints").rename(elsewhere)
+    (run / "checkpoints").symlink_to(elsewhere)
+    run_folder.check_free(run, resume=str(run / "checkpoints" / "last.safetensors"))
+    with pytest.raises(UserError, match="is of another"):
+        run_folder.check_free(run, resume=str(elsewhere / "last.safetensors"))
+
+
+def hold(folder, pipe):
+    """A job that is killed, and leaves a worker which has inherited its files."""
+    with run_folder.claimed(folder):
+        worker = os.fork()
+        if worker:
+            pipe.send(worker)
+        time.sleep(60)
+
+
+def test_one_job_at_a_time_in_a_folder(tmp_path):
+    folder = tmp_path / "run"
+    ours, theirs = multiprocessing.Pipe()
+    other = multiprocessing.get_context("fork").Process(target=hold, args=(folder, theirs))
+    other.start()
+    worker = ours.recv()
+    try:
+        refused = pytest.raises(UserError, match=rf"another process \(process {other.pid} on ")
+        with refused, run_folder.claimed(folder):
+            pass
+        other.kill()
+        other.join()
+        (folder / ".config.yaml.0a.part").write_text("half")
+        with run_folder.claimed(folder):
+            assert [path.name for path in folder.iterdir()] == [run_folder.LOCK_FILE]
+    finally:
+        os.kill(worker, signal.SIGKILL)
+
+
+def test_a_folder_that_cannot_be_written_to_is_named(tmp_path, monkeypatch):
+    def read_only(self, *_, **__):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(Path, "open", read_only)
+    with pytest.raises(UserError, match=r"output_dir=.*\(Read-only file system\)"):
+        run_folder.claimed(tmp_path).__enter__()
+    with pytest.raises(UserError, match=r"run_id cannot be written \(Read-only"):
+        resume.write_run_id(tmp_path, "r1")

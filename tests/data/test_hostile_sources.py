@@ -56,6 +56,34 @@ def test_a_hostile_list_is_refused_in_one_line(tmp_path, name, content, match):
     one_line(raised)
 
 
+def pack(folder, value):
+    """One row, whose image is this."""
+    (folder / "pack").mkdir(exist_ok=True)
+    table = pa.table({"image": [value]})
+    pq.write_table(table, folder / "pack" / "train.parquet")
+    return ParquetSource(folder / "pack", "train", label_column="")
+
+
+@pytest.mark.parametrize("kind", ["dict", "text"])
+@pytest.mark.parametrize("name", ["{out}", "../out.png", "link.png", "/etc/passwd", "x\0", "~/x"])
+def test_a_row_names_no_file_outside_of_its_pack(tmp_path, picture, name, kind):
+    (tmp_path / "out.png").write_bytes(picture)
+    (tmp_path / "pack").mkdir()
+    (tmp_path / "pack" / "link.png").symlink_to(tmp_path / "out.png")
+    path = name.format(out=tmp_path / "out.png")
+    source = pack(tmp_path, {"bytes": None, "path": path} if kind == "dict" else path)
+    with pytest.raises(UnreadableImage, match=r"outside of the data set|null byte|No such file"):
+        source.load(0)
+
+
+def test_a_row_may_name_one_of_its_pack(tmp_path, picture):
+    (tmp_path / "pack" / "images").mkdir(parents=True)
+    (tmp_path / "pack" / "images" / "a.png").write_bytes(picture)
+    for path in ("images/a.png", str(tmp_path / "pack" / "images" / "a.png")):
+        for value in (path, {"bytes": None, "path": path}, {"bytes": b"", "path": path}):
+            assert pack(tmp_path, value).load(0)[0].getpixel((0, 0)) == (9, 8, 7)
+
+
 @pytest.mark.parametrize("label", ['"a\\nb\\u001b[1m"', '"' + "q" * 10_000_000 + '"', "-3"])
 def test_a_hostile_label_is_refused_in_one_line(tmp_path, picture, label):
     (tmp_path / "x.png").write_bytes(picture)

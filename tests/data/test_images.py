@@ -109,9 +109,29 @@ def test_broken_files_are_named(what, data):
 def test_missing_file_and_bomb(tmp_path, monkeypatch):
     with pytest.raises(UnreadableImage, match="No such file"):
         open_rgb(tmp_path / "none.jpg", "none.jpg")
-    monkeypatch.setattr(opening, "MAX_PIXELS", 100)
-    with pytest.raises(UnreadableImage, match="40x40 pixels exceed the limit of 100"):
+    monkeypatch.setattr(opening, "MAX_PIXELS", 0)  # put back in the end
+    opening.limit_pixels(100)
+    expected = r"40x40 pixels exceed the limit of 100 \(loader\.max_image_pixels\)"
+    with pytest.raises(UnreadableImage, match=expected):
         open_rgb(encoded(picture(40, 40), "PNG"), "bomb.png")
+
+
+def test_a_larger_limit_lets_longer_files_in(monkeypatch):
+    monkeypatch.setattr(opening, "MAX_FILE_BYTES", 1000)
+    data = encoded(picture(40, 40), "BMP")
+    monkeypatch.setattr(opening, "MAX_PIXELS", 1600)  # 4.8 KB of pixels, 6.4 are allowed
+    assert open_rgb(data, "x.bmp").size == (40, 40)
+    monkeypatch.setattr(opening, "MAX_PIXELS", 1000)
+    with pytest.raises(UnreadableImage, match="bytes, more than 4,000"):
+        open_rgb(data, "x.bmp")
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/pagemap"), reason="needs /proc")
+def test_a_file_that_claims_nothing_and_never_ends():
+    """A list, a table or a link of a stranger's may name it; it would fill the memory."""
+    assert opening.read_file("/proc/self/pagemap") == b""
+    with pytest.raises(UnreadableImage, match="no image of a known format"):
+        open_rgb("/proc/self/pagemap", "x.jpg")
 
 
 def test_unreadable_image_survives_pickling():

@@ -1,7 +1,10 @@
 import io
+import os
+import pathlib
 import pickle
 
 import numpy as np
+import PIL.Image
 import pytest
 from PIL import Image
 from torchvision import datasets as torchvision_datasets
@@ -132,7 +135,7 @@ class TinyPictures:
     def __init__(self, root, train=True, download=False):
         if not download:
             raise RuntimeError("Dataset not found.\nYou can use download=True")
-        self.targets = [0, 1, 1] if train else [1]
+        self.root, self.targets = root, [0, 1, 1] if train else [1]
 
     def __len__(self):
         return len(self.targets)
@@ -154,6 +157,46 @@ def test_torchvision_by_name(monkeypatch, tmp_path):
         TorchvisionSource("CIFAR10", tmp_path, split="train")
     with pytest.raises(UserError, match="'CIFAR11': no such class; did you mean CIFAR10"):
         TorchvisionSource("CIFAR11", tmp_path)
+
+
+class OpensThem(TinyPictures):
+    """Opens its files itself, as half of torchvision's data sets do."""
+
+    def __getitem__(self, index):
+        path = f"{self.root}/{index}.jpg"
+        if index == 1:
+            with open(path, "rb") as file:
+                return PIL.Image.open(file).convert("RGB"), 1
+        if index == 2:
+            return Image.open(io.BytesIO(pathlib.Path(path).read_bytes()), "r").copy(), 1
+        return Image.open(path), 0
+
+
+def test_files_that_torchvision_opens_are_opened_with_caution(monkeypatch, tmp_path):
+    monkeypatch.setattr(torchvision_datasets, "Kitti", OpensThem)
+    source = TorchvisionSource("Kitti", tmp_path, train=True, download=True)
+    plain = Image.open
+    picture, exif = Image.new("RGB", (5, 3), (9, 8, 7)), Image.Exif()
+    exif[0x0112] = 6  # lies on its side
+    for index in range(3):
+        picture.save(tmp_path / f"{index}.jpg", exif=exif)
+        assert source.load(index)[0].size == (3, 5)
+        picture.save(tmp_path / f"{index}.jpg", "EPS")  # Pillow would start Ghostscript
+        with pytest.raises(UnreadableImage, match="no image of a known format"):
+            source.load(index)
+    (tmp_path / "0.jpg").unlink()
+    os.mkfifo(tmp_path / "0.jpg")
+    with pytest.raises(UnreadableImage, match="a named pipe"):
+        source.load(0)
+    assert Image.open is plain
+
+
+def test_what_no_data_set_can_be_made_of(tmp_path):
+    for name in ("wrap_dataset_for_transforms_v2", "folder", "VisionDatase"):
+        with pytest.raises(UserError, match="no such class"):
+            TorchvisionSource(name, tmp_path)
+    with pytest.raises(UserError, match="torchvision Flickr8k: 'ann_file' has no value"):
+        TorchvisionSource("Flickr8k", tmp_path)
 
 
 def test_torchvision_fake_data_runs_through():

@@ -100,6 +100,13 @@ def test_it_stops_before_the_weights_change_and_tells_where(tmp_path) -> None:
     assert message in (tmp_path / "run" / "train.log").read_text()
 
 
+def test_images_that_cannot_be_written_do_not_hide_what_happened(tmp_path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "faults").touch()  # a file, where the folder is to be
+    with pytest.raises(NotFinite, match=r"step 3: the loss is not finite: .*, not written \("):
+        train(tmp_path, Poison(step=3, micro_batch=1), "classification")
+
+
 def test_a_step_may_be_left_out_and_nothing_moves(tmp_path) -> None:
     poison = Poison(step=2, micro_batch=0)
     train(tmp_path, poison, "classification", "job.max_nonfinite_steps=1")

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,9 +21,7 @@ from lightning.fabric.strategies.launchers.subprocess_script import _ChildProces
 from beit.errors import UserError
 from beit.job.causes import Cause, is_follow_up, of_exception
 from beit.job.exits import Exit, RunEnd
-from beit.job.hub import Hub
 from beit.job.judge import Judge
-from beit.job.messages import Channel, wait
 from beit.job.processes import Process, end_with_parent_if_told, ended, name_to_children
 from beit.job.ranks import RankWatch
 from beit.job.settings import JobSettings
@@ -202,6 +200,17 @@ def test_a_data_worker_does_not_hide_the_end_of_its_rank(tmp_path: Path) -> None
     assert time.monotonic() - began < 6.0
 
 
+def test_a_mistake_before_the_ranks_know_of_each_other_is_told(tmp_path: Path) -> None:
+    """Rank 0 would wait for the other one to come until the process group's timeout."""
+
+    def mistaken(watch: RankWatch) -> None:
+        raise UserError("planted")
+
+    codes, said = job(tmp_path, lambda watch: time.sleep(30.0), mistaken)
+    assert codes[0] == 2
+    assert said.splitlines()[-1] == "beit: error: rank 1: planted"
+
+
 def test_one_process_has_no_thread_and_no_socket(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError
@@ -211,6 +220,36 @@ def test_one_process_has_no_thread_and_no_socket(monkeypatch: pytest.MonkeyPatch
     with RankWatch(SETTINGS, world_size=1, first=True) as watch:
         watch.on_train_batch_start()
         assert threading.enumerate() == before
+
+
+def test_ranks_cannot_be_started_from_a_program_without_a_file(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """`python -c`, a notebook: Lightning would start `python -c` without the program."""
+    monkeypatch.setitem(sys.modules, "__main__", ModuleType("__main__"))
+    before = threading.enumerate()
+    with pytest.raises(UserError, match="put the program into a file"):
+        RankWatch(SETTINGS, world_size=2, first=True).__enter__()
+    assert threading.enumerate() == before
+    monkeypatch.setenv("LOCAL_RANK", "0")  # torchrun has started them
+    with RankWatch(SETTINGS, world_size=2, first=True):
+        pass
+
+
+def test_on_another_machine_the_ranks_end_with_the_one_that_started_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("NODE_RANK", "1")
+    with RankWatch(SETTINGS, world_size=6, first=False, num_nodes=2) as watch:
+        assert os.environ["BEIT_PARENT"] == f"{os.getpid()}:{int(signal.SIGKILL)}"
+        assert "BEIT_RANK_WATCH" not in os.environ
+        member = watch._member
+    assert "BEIT_PARENT" not in os.environ
+    assert member is not None
+    member.children = lambda: [SimpleNamespace(poll=lambda: -9)]  # type: ignore[list-item]
+    member._watch_children()
+    assert member._cause is not None
+    assert (member._cause.rank, member._cause.what) == (4, "killed by SIGKILL")
 
 
 def test_lightnings_own_watch_over_children_steps_back(tmp_path: Path) -> None:
@@ -360,25 +399,6 @@ def test_who_took_leave_is_not_missed() -> None:
 )
 def test_errors_of_collectives_are_told_from_others(raised: Exception, expected: bool) -> None:
     assert is_follow_up(raised) is expected
-
-
-def test_strangers_are_turned_away() -> None:
-    hub = Hub(limit=10.0, heartbeat=0.1, everywhere=False)
-    hub.start()
-    told = {"rank": 1, "process": vars(Process.this()), "host": "x"}
-    for content in ({"token": "guess", **told}, {"token": hub.token[:-1], **told}, {}):
-        channel = Channel(socket.create_connection(("127.0.0.1", hub.port)))
-        channel.send("hello", **content)
-        wait([channel], 5.0)
-        assert channel.receive() == []
-        assert channel.ended
-    with socket.create_connection(("127.0.0.1", hub.port)) as raw:
-        raw.settimeout(5.0)
-        raw.sendall(b"\xff{no json\n")
-        assert raw.recv(10) == b""
-    assert hub.others() == 0
-    hub.close()
-    assert not hub.is_alive()
 
 
 def test_a_program_ends_with_the_one_that_started_it(tmp_path: Path) -> None:

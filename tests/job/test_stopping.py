@@ -37,14 +37,14 @@ class Ask(L.Callback):
         if self.step < 0:
             self.steps_after += 1
 
-    def _send(self, trainer: L.Trainer, *_: Any) -> None:
+    def _send(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
         if trainer.global_step == self.step:
             self.step = -1
             os.kill(os.getpid(), self.number)
             time.sleep(0.01)
 
 
-def run(folder: Path, *callbacks: L.Callback, **settings: Any) -> None:
+def run(folder: Path, *callbacks: L.Callback, save_every: int = 0, **settings: Any) -> None:
     build = runner.build_trainer
 
     def build_and_add(*args: Any, **kwargs: Any) -> L.Trainer:
@@ -53,7 +53,7 @@ def run(folder: Path, *callbacks: L.Callback, **settings: Any) -> None:
         return trainer
 
     with unittest.mock.patch.object(runner, "build_trainer", build_and_add):
-        tiny_run(folder, task="classification", save_every=0, **settings)
+        tiny_run(folder, task="classification", save_every=save_every, **settings)
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +131,53 @@ def test_a_stop_in_the_very_last_step_changes_nothing(tmp_path) -> None:
     words = ["trainer.limit_val_batches=0"]
     run(tmp_path, Ask("on_before_backward", step=5), words=words)
     assert final(tmp_path)["step"] == 6
+
+
+def test_a_stop_in_the_last_step_of_a_run_that_ends_within_an_epoch_changes_nothing(
+    tmp_path,
+) -> None:
+    run(tmp_path, Ask("on_before_backward", step=3), words=["trainer.max_steps=4"])
+    assert final(tmp_path)["step"] == 4
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="forks")
+@pytest.mark.parametrize("slow", ["save", "requeue"])
+def test_a_save_that_is_under_way_and_the_queue_are_waited_for(tmp_path, slow) -> None:
+    """Beyond `stop_seconds`: else a stop would cost what it is there to save."""
+
+    class Slow(Ask):
+        def _send(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
+            asked = self.step == trainer.global_step
+            super()._send(trainer)
+            time.sleep(3.0 if asked and slow == "save" else 0.0)
+
+    def requeue(*_: Any) -> None:
+        time.sleep(3.0 if slow == "requeue" else 0.0)
+        (tmp_path / "requeued").touch()
+
+    def body() -> int:
+        with signals.handled(ends_process=True):
+            try:
+                ask = Slow("on_save_checkpoint", step=4)
+                run(tmp_path, ask, epochs=3, save_every=1, words=["job.stop_seconds=0.2"])
+            except Stopped as end:
+                return int(end.code)
+        return 0
+
+    with unittest.mock.patch("beit.job.stopping.slurm.requeue", requeue):
+        outcome = run_forked(body, timeout=90)
+    assert outcome.returncode == 143
+    assert "ended at once" not in outcome.output
+    assert "stopped by SIGTERM after step 4: " in (tmp_path / "run" / "train.log").read_text()
+    assert (tmp_path / "requeued").exists()
+
+
+def test_an_interrupt_before_training_is_one_for_the_program_too(tmp_path) -> None:
+    """Lightning makes an exit with code 1 of a KeyboardInterrupt, and ignores SIGINT after it."""
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, Ask("setup", step=0, number=signal.SIGINT))
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_waiting_for_a_batch_is_broken_off_where_no_gradient_is_pending(tmp_path, whole) -> None:
