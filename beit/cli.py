@@ -4,11 +4,24 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from beit import __version__
 from beit.errors import UserError
 from beit.job import exits
+from beit.words import (
+    asks_help,
+    is_sweep,
+    lines_of,
+    new_file,
+    required,
+    sink,
+    small_number,
+    split,
+    split_all,
+    split_flags,
+    whole_number,
+)
 
 _HELP = f"""beit {__version__}: BERT pre-training of image Transformers
 
@@ -19,6 +32,8 @@ usage: beit VERB [KEY=VALUE ...]
                beit train task=classification model=base data=folder paths.data_dir=photos \\
                  batch.global_size=1024 batch.per_device=64 trainer.max_epochs=100
                beit train experiment=demo/finetune seed=0,1,2 -m          (a sweep)
+  tokenize   fill the token cache of a pretraining ahead of it
+               beit tokenize experiment=demo/pretrain views_per_image=4 token_cache=runs/tokens
   evaluate   validate the weights of a checkpoint
                beit evaluate checkpoint=runs/x/checkpoints/last.safetensors [KEY=VALUE ...]
   predict    classify image files or a folder, as JSON lines
@@ -86,7 +101,7 @@ def train(arguments: list[str]) -> int:
     from beit.job import processes, signals
 
     processes.end_with_parent_if_told()
-    if {"-m", "--multirun"} & set(arguments):  # a sweep asks its members to stop
+    if is_sweep(arguments):  # it asks its members to stop
         return _train(arguments)
     with signals.handled(ends_process=True):
         return _train(arguments)
@@ -101,12 +116,12 @@ def _train(arguments: list[str]) -> int:
     from beit.console import log_to_console
     from beit.explain import explained, train_help
 
-    if any(word in ("-h", "--help") for word in arguments):
+    if asks_help(arguments):
         print(train_help())
         return 0
 
-    words, flags = _split_flags(arguments)
-    members = sweep.Sweep(flags) if {"-m", "--multirun"} & set(flags) else None
+    words, flags = split_flags(arguments)
+    members = sweep.Sweep(flags) if is_sweep(flags) else None
     if members is None and not sweep.is_member():
         config.refuse_sweep(words)
     config.register()
@@ -157,46 +172,19 @@ def _run(cfg: Any) -> int:
     return int(exits.Exit.DONE)
 
 
-# Hydra's own that make sense here, and whether a value follows
-_FLAGS = {
-    "-m": False,
-    "--multirun": False,
-    "--resolve": False,
-    "--cfg": True,
-    "-c": True,
-    "--package": True,
-    "-p": True,
-    "--config-dir": True,
-    "-cd": True,
-}
+def tokenize(arguments: list[str]) -> int:
+    """Fill a token cache, and print how many views it took as one JSON line."""
+    import json
 
+    usage = "views_per_image=K token_cache=FOLDER [KEY=VALUE of beit train ...]"
+    if _helped(arguments, "tokenize", usage):
+        return 0
+    from beit import face, run_folder
 
-def _split_flags(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """The words and the flags: Hydra understands words only before the flags."""
-    from beit.nearest import did_you_mean
-
-    words: list[str] = []
-    flags: list[str] = []
-    waiting = iter(arguments)
-    for argument in waiting:
-        name, equals, value = argument.partition("=")
-        if not argument.startswith("-"):
-            words.append(argument)
-        elif name not in _FLAGS or (equals and not _FLAGS[name]):
-            raise UserError(f"{argument} is not a flag of train: {did_you_mean(name, _FLAGS)}")
-        elif not _FLAGS[name]:
-            flags.append(name)
-        else:
-            value = value if equals else next(waiting, "")
-            if (
-                not value
-                or value.startswith("-")
-                or (name in ("--cfg", "-c") and value not in ("job", "hydra", "all"))
-            ):
-                expected = "job, hydra or all" if name in ("--cfg", "-c") else "a value after it"
-                raise UserError(f"{name} {value}".rstrip() + f": expected {expected}")
-            flags += [name, value]
-    return words, flags
+    counts = face.tokenize(*arguments)
+    if run_folder.is_first_process():
+        print(json.dumps(counts))
+    return 0
 
 
 def evaluate(arguments: list[str]) -> int:
@@ -205,13 +193,13 @@ def evaluate(arguments: list[str]) -> int:
 
     from beit.console import log_to_console
 
-    if _wants_help(arguments, "evaluate", "checkpoint=PATH [KEY=VALUE of the run's config ...]"):
+    if _helped(arguments, "evaluate", "checkpoint=PATH [KEY=VALUE of the run's config ...]"):
         return 0
-    own, overrides = _split(arguments, ("checkpoint",))
+    own, overrides = split(arguments, ("checkpoint",))
     log_to_console()
     from beit import face
 
-    print(json.dumps(face.evaluate(_required(own, "checkpoint"), *overrides)))
+    print(json.dumps(face.evaluate(required(own, "checkpoint"), *overrides)))
     return 0
 
 
@@ -222,24 +210,20 @@ def predict(arguments: list[str]) -> int:
     from beit.console import log_to_console
 
     usage = "checkpoint=PATH images=FILE_OR_FOLDER [top_k=5] [batch_size=32] [output=FILE]"
-    if _wants_help(arguments, "predict", usage):
+    if _helped(arguments, "predict", usage):
         return 0
-    own, rest = _split(arguments, ("checkpoint", "images", "top_k", "batch_size", "output"))
-    if rest:
-        raise UserError(f"{rest[0]!r} is not a setting of predict: expected {usage}")
+    keys = ("checkpoint", "images", "top_k", "batch_size", "output")
+    own = split_all(arguments, keys, "predict", usage)
     log_to_console()
-    checkpoint, images = _required(own, "checkpoint"), _required(own, "images")
-    top_k = _whole_number(own, "top_k", 5)
-    batch_size = _whole_number(own, "batch_size", 32)
-    output = own.get("output")
-    if output and os.path.exists(output):
-        raise UserError(f"output={output} exists already: give another name or remove it")
+    checkpoint, images = required(own, "checkpoint"), required(own, "images")
+    sizes = {key: whole_number(own, key, n) for key, n in (("top_k", 5), ("batch_size", 32))}
+    output = new_file(own, "output")
     from beit import face
 
-    lines = face.iterate_predictions(checkpoint, images, top_k=top_k, batch_size=batch_size)
-    with _sink(output) as sink:
+    lines = face.iterate_predictions(checkpoint, images, **sizes)
+    with sink(output) as stream:
         for line in lines:
-            print(json.dumps(line), file=sink)
+            print(json.dumps(line), file=stream)
     return 0
 
 
@@ -250,25 +234,23 @@ def convert(arguments: list[str]) -> int:
         "[num_heads=N] [image_size=224 or 24x40] [normalize=half|imagenet] [norm_eps=1e-6] "
         "[classes=FILE]"
     )
-    if _wants_help(arguments, "convert", usage):
+    if _helped(arguments, "convert", usage):
         return 0
-    keys = ("source", "to", "output", "allow", "num_heads", "image_size", "normalize", "norm_eps")
-    own, rest = _split(arguments, (*keys, "classes"))
-    if rest:
-        raise UserError(f"{rest[0]!r} is not a setting of convert: expected {usage}")
-    source, to, output = (_required(own, key) for key in keys[:3])
+    paths = ("source", "to", "output")
+    told = ("allow", "num_heads", "image_size", "normalize", "norm_eps", "classes")
+    own = split_all(arguments, (*paths, *told), "convert", usage)
+    source, to, output = (required(own, key) for key in paths)
     given: dict[str, Any] = {"allow": [name for name in own.get("allow", "").split(",") if name]}
     if "num_heads" in own:
-        given["num_heads"] = _whole_number(own, "num_heads", 0)
+        given["num_heads"] = whole_number(own, "num_heads")
     if "image_size" in own:
         sides = own["image_size"].split("x")
-        key = "image_size"
-        given[key] = [_whole_number({key: side}, key, 0) for side in sides]
-        given["image_size"] *= 2 if len(sides) == 1 else 1
+        numbers = [whole_number({"image_size": side}, "image_size") for side in sides]
+        given["image_size"] = numbers * (2 if len(sides) == 1 else 1)
     if "norm_eps" in own:
-        given["norm_eps"] = _small_number(own, "norm_eps")
+        given["norm_eps"] = small_number(own, "norm_eps")
     if "classes" in own:
-        given["classes"] = _lines(own["classes"])
+        given["classes"] = lines_of(own, "classes")
     from rich.console import Console
 
     from beit import face
@@ -279,72 +261,15 @@ def convert(arguments: list[str]) -> int:
     return 0
 
 
-def _small_number(settings: dict[str, str], key: str) -> float:
-    try:
-        value = float(settings[key])
-    except ValueError:
-        value = 0.0
-    if not 0 < value < 1:
-        raise UserError(f"{key}={settings[key]}: expected a number between 0 and 1")
-    return value
-
-
-def _lines(path: str) -> list[str]:
-    """The lines of a text file, one class name each."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            return file.read().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"classes={path} cannot be read as text: {error}") from error
-
-
-def _sink(output: str | None) -> TextIO:
-    if not output:
-        return os.fdopen(os.dup(1), "w")
-    try:
-        return open(output, "x", encoding="utf-8")
-    except OSError as error:
-        raise UserError(
-            f"output={output} cannot be written ({error.strerror}): choose another file"
-        ) from error
-
-
-def _wants_help(arguments: list[str], verb: str, usage: str) -> bool:
-    if any(word in ("-h", "--help") for word in arguments):
+def _helped(arguments: list[str], verb: str, usage: str) -> bool:
+    if asked := asks_help(arguments):
         print(f"usage: beit {verb} {usage}")
-        return True
-    return False
-
-
-def _split(arguments: list[str], own: tuple[str, ...]) -> tuple[dict[str, str], list[str]]:
-    """The verb's own KEY=VALUE settings, and the rest."""
-    settings, rest = {}, []
-    for argument in arguments:
-        key, equals, value = argument.partition("=")
-        if not equals:
-            raise UserError(f"{argument!r} is not of the form KEY=VALUE")
-        if key in own:
-            settings[key] = value
-        else:
-            rest.append(argument)
-    return settings, rest
-
-
-def _required(settings: dict[str, str], key: str) -> str:
-    if not settings.get(key):
-        raise UserError(f"{key} has no value: give it, as in {key}=PATH")
-    return settings[key]
-
-
-def _whole_number(settings: dict[str, str], key: str, default: int) -> int:
-    value = settings.get(key, str(default))
-    if not value.isdigit() or int(value) < 1:
-        raise UserError(f"{key}={value}: expected a whole number of at least 1")
-    return int(value)
+    return asked
 
 
 _VERBS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
+    "tokenize": tokenize,
     "evaluate": evaluate,
     "predict": predict,
     "convert": convert,

@@ -42,6 +42,10 @@ TINY_MIM = [
 ]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--write-docs", action="store_true", help="write what was measured into docs/")
+
+
 @pytest.fixture(scope="session")
 def tiny() -> dict[str, list[str]]:
     """Words of the command line that make a run of each task tiny."""

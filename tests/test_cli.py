@@ -14,6 +14,7 @@ from beit import cli, config
 from beit.errors import UserError
 from beit.explain import train_help
 from beit.predictor import ImageClassifier
+from beit.words import split_flags
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
@@ -258,7 +259,7 @@ def help_commands() -> list[list[str]]:
 def test_commands_in_the_help_texts_compose() -> None:
     assert len(help_commands()) >= 7
     for command in help_commands():
-        words, flags = cli._split_flags(command)
+        words, flags = split_flags(command)
         sweeps = [word for word in words if "," in word or word.startswith("sweep=")]
         assert bool(sweeps) == ("-m" in flags), command
         single = [word.partition(",")[0] for word in words]

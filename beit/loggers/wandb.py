@@ -5,6 +5,7 @@ import netrc
 import os
 import secrets
 import threading
+import time
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -17,6 +18,7 @@ from lightning.pytorch.loggers.logger import rank_zero_experiment
 
 from beit.data.limits import not_negative
 from beit.files import replace_text
+from beit.security import telemetry
 
 log = logging.getLogger(__name__)
 
@@ -27,15 +29,15 @@ _OFFLINE = ("offline", "dryrun", "disabled")
 class BoundedWandbLogger(WandbLogger):
     """Lightning's W&B logger, which waits for the server for some seconds only.
 
-    If there is no key, or no answer within `answer_seconds`, the run is logged offline below
-    `save_dir`, and a line says how to upload it. What is not uploaded `finish_seconds` after the
-    end of the run stays there too. The run's id stands in `wandb-id.txt` of that folder: a resumed
-    run goes on under it. W&B cannot take steps back: those that are repeated stand there twice.
+    If there is no key, or the server has not begun the run within `answer_seconds`, the run is
+    logged offline below `save_dir`, and a line says how to upload it. What is not uploaded
+    `finish_seconds` after the end of the run stays there too. The run's id stands in
+    `wandb-id.txt` of that folder: a resumed run goes on under it. W&B cannot take steps back: those
+    that are repeated stand there twice.
 
     Args:
         save_dir: folder of the run.
         offline: do not look for the server.
-        init_seconds: for a server that has answered once and then does not start the run.
         arguments: of Lightning's logger and of `wandb.init`.
     """
 
@@ -44,13 +46,11 @@ class BoundedWandbLogger(WandbLogger):
         save_dir: str,
         *,
         offline: bool = False,
-        answer_seconds: float = 3.0,
-        init_seconds: float = 10.0,
+        answer_seconds: float = 4.0,
         finish_seconds: float = 5.0,
         **arguments: Any,
     ) -> None:
         self.answer_seconds = not_negative("answer_seconds", answer_seconds)
-        self.init_seconds = not_negative("init_seconds", init_seconds)
         self.finish_seconds = not_negative("finish_seconds", finish_seconds)
         super().__init__(save_dir=save_dir, **arguments)
         if offline:
@@ -65,17 +65,23 @@ class BoundedWandbLogger(WandbLogger):
         return self._experiment
 
     def _begin(self, folder: Path) -> None:
+        telemetry.switch_off()  # at exit W&B would wait for 10 s to report to a silent server
         import wandb
 
-        self._wandb_init.setdefault("settings", self._settings())
         self._wandb_init["id"] = self._wandb_init["id"] or _kept_id(folder)
         known = wandb.setup().settings
+        until = time.monotonic() + self.answer_seconds
         mode = self._wandb_init.get("mode") or os.environ.get("WANDB_MODE") or known.mode
         trouble = ""
         if mode not in _OFFLINE:
             trouble = self._trouble(str(known.base_url), bool(known.api_key))
         if trouble:
             self._wandb_init["mode"] = "offline"
+        settings = wandb.Settings(
+            init_timeout=max(1.0, until - time.monotonic()),
+            finish_timeout=self.finish_seconds or 0.001,
+        )
+        self._wandb_init.setdefault("settings", settings)
         try:
             self._experiment = super().experiment
         except wandb.errors.Error as error:
@@ -88,13 +94,6 @@ class BoundedWandbLogger(WandbLogger):
             log.warning(
                 "W&B: %s; the run is logged offline, upload it with: wandb sync %s", trouble, path
             )
-
-    def _settings(self) -> Any:
-        import wandb
-
-        return wandb.Settings(
-            init_timeout=self.init_seconds, finish_timeout=self.finish_seconds or 0.001
-        )
 
     def _trouble(self, url: str, has_key: bool) -> str:
         """What keeps it from logging online; empty if nothing seems to."""
@@ -139,8 +138,13 @@ def _unreachable(url: str, seconds: float) -> str:
 
 
 def _ask(url: str, seconds: float, said: list[str]) -> None:
+    """Where W&B begins a run: a server may show its pages and still hang there."""
+    query = b'{"query": "{serverInfo {frontendHost}}"}'
     try:
-        with urllib.request.urlopen(url, timeout=seconds):
+        asked = urllib.request.Request(  # a POST
+            f"{url.rstrip('/')}/graphql", data=query, headers={"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(asked, timeout=seconds):
             said.append("")
     except urllib.error.HTTPError:
         said.append("")  # an answer

@@ -37,9 +37,13 @@ FIXED: dict[str, Any] = {
     "job_logging.root": None,
     "hydra_logging.root": None,
 }
-PLUGINS = {
-    "launcher": "hydra._internal.core_plugins.basic_launcher.BasicLauncher",
-    "sweeper": "hydra._internal.core_plugins.basic_sweeper.BasicSweeper",
+# Hydra's own, and the arguments that a config may give them: they build what nests in others
+PLUGINS: dict[str, tuple[str, frozenset[str]]] = {
+    "launcher": ("hydra._internal.core_plugins.basic_launcher.BasicLauncher", frozenset()),
+    "sweeper": (
+        "hydra._internal.core_plugins.basic_sweeper.BasicSweeper",
+        frozenset({"max_batch_size", "params"}),
+    ),
 }
 SUBDIR = "${hydra.job.num}"  # of a sweep's member, within the sweep's folder
 
@@ -75,7 +79,7 @@ def check_words(words: list[str]) -> None:
     """Raises UserError for words that Hydra would act on before there is a config to look at."""
     for word in words:
         limits.check_word(word)
-        key, _, value = word.lstrip("+~").partition("=")
+        key, _, value = word.lstrip("+~").replace("\\", "").partition("=")
         if key == "trust":
             raise UserError(f"{word}: trust is a word of the command line, not of a config")
         if key.startswith("hydra.searchpath") and re.search(r"\b(?!file:)\w+://", value):
@@ -100,19 +104,32 @@ def check_hydra(node: dict[str, Any], words: list[str]) -> None:
     for key in ("job_logging", "hydra_logging"):
         if strange := set(node.get(key) or ()) - {"version", "root", "disable_existing_loggers"}:
             raise UserError(f"hydra.{key}.{min(strange)} may not be set: beit logs by itself")
-    for kind, ours in PLUGINS.items():
-        name = (node.get(kind) or {}).get("_target_", ours)
-        if name != ours and not targets.is_vouched_for(name):
-            raise UserError(
-                f"hydra.{kind}: {name} is not allowed; if you trust that plugin, say "
-                f"trust=[{str(name).rpartition('.')[0]}.]"
-            )
+    for kind in PLUGINS:
+        _check_plugin(kind, node.get(kind) or {})
+    if node.get("mode") is not None and not any(word.startswith("hydra.mode=") for word in words):
+        raise UserError("hydra.mode may not be set by a config: say beit train -m for a sweep")
     if node.get("sweep", {}).get("subdir") not in (SUBDIR, None):
         raise UserError(f"hydra.sweep.subdir may not be set: expected {SUBDIR}")
     own = node.get("overrides") or {}
     if any(word not in words for kind in ("task", "hydra") for word in own.get(kind) or ()):
         raise UserError("hydra.overrides may not be set by a config")
     _check_space((node.get("sweeper") or {}).get("params") or {})
+
+
+def _check_plugin(kind: str, node: dict[str, Any]) -> None:
+    ours, arguments = PLUGINS[kind]
+    name = node.get("_target_", ours)
+    rest = {key: value for key, value in node.items() if key != "_target_"}
+    if name != ours and not targets.is_vouched_for(str(name)):
+        raise UserError(
+            f"hydra.{kind}: {name} is not allowed; if you trust that plugin, say "
+            f"trust=[{str(name).rpartition('.')[0]}.]"
+        )
+    if name == ours and (strange := set(rest) - arguments):
+        raise UserError(f"hydra.{kind}.{min(strange)} may not be set")
+    if name == ours and any("${" in text for text in _strings(rest)):
+        raise UserError(f"hydra.{kind} may not hold an interpolation")
+    targets.check_nodes(rest, lambda place: ".".join(map(str, ("hydra", kind, *place))))
 
 
 def _check_space(params: dict[str, Any]) -> None:
@@ -138,11 +155,14 @@ def check_composed(cfg: DictConfig, words: list[str], *, acts: bool) -> None:
     node = content.pop("hydra", None)
     if node is not None and acts:
         check_hydra(node, words)
-        check_interpolations({k: v for k, v in node.items() if k not in _TEXTS}, COMPOSED)
+        own = {key: value for key, value in node.items() if key not in _TEXTS}
+        check_interpolations(own, COMPOSED)
+        # the words stand in it twice, as texts; what they say is looked at in its place
+        own["job"] = {k: v for k, v in own.get("job", {}).items() if k != "override_dirname"}
+        secrets.check_secrets({**own, "overrides": None})
     check_interpolations(content, COMPOSED)
     secrets.check_secrets(content)
-    limits.check_resolved_size(content)
-    targets.check_nodes(content, lambda place: ".".join(map(str, place)))
+    _check_content(content)
     if "paths" in content:
         folders.check_folders(cfg, words)
 
@@ -157,8 +177,13 @@ def check_recorded(content: dict[str, Any], except_for: Collection[str] = ()) ->
     """
     checked = _without(content, except_for)
     check_interpolations(checked, PURE)
-    limits.check_resolved_size(checked)
-    targets.check_nodes(checked, lambda place: ".".join(map(str, place)))
+    _check_content(checked)
+
+
+def _check_content(content: dict[str, Any]) -> None:
+    limits.check_resolved_size(content)
+    targets.check_nodes(content, lambda place: ".".join(map(str, place)))
+    folders.check_places(content)
 
 
 def _without(content: Any, keys: Collection[str], prefix: str = "") -> Any:

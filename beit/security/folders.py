@@ -93,7 +93,7 @@ def _local_paths() -> dict[str, Any]:
         return {}
     with path.open(encoding="utf-8") as stream:
         try:
-            content = yaml.load(stream, Loader=limits.bounded_loader())
+            content = yaml.load(stream, Loader=limits.BoundedLoader)
         except yaml.YAMLError:
             return {}
     paths = content.get("paths") if isinstance(content, dict) else None

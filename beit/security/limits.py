@@ -24,61 +24,59 @@ MAX_RESOLVED = 2_000_000  # characters and nodes of a config with its interpolat
 _plain_loader = omegaconf._utils.get_yaml_loader
 
 
-def bounded_loader() -> Any:
+class BoundedLoader(_plain_loader()):  # type: ignore[misc]
     """OmegaConf's YAML loader, which refuses a document beyond the limits with a UserError."""
-    base = _plain_loader()
 
-    class BoundedLoader(base):  # type: ignore[misc, valid-type]
-        def __init__(self, stream: Any) -> None:
-            text = stream if isinstance(stream, str | bytes) else stream.read(MAX_BYTES + 1)
-            self.source = str(getattr(stream, "name", "a YAML text"))
-            if len(text) > MAX_BYTES:
-                raise UserError(f"{self.source} has more than {MAX_BYTES // 1024} KiB of YAML")
-            self.sizes: dict[int, int] = {}
-            self.levels = 0
-            super().__init__(text)
-            # the readers' messages name it
-            self.name = self.source
+    def __init__(self, stream: Any) -> None:
+        text = stream if isinstance(stream, str | bytes) else stream.read(MAX_BYTES + 1)
+        self.source = str(getattr(stream, "name", "a YAML text"))
+        if len(text) > MAX_BYTES:
+            raise UserError(f"{self.source} has more than {MAX_BYTES // 1024} KiB of YAML")
+        self.sizes: dict[int, int] = {}
+        self.levels = 0
+        super().__init__(text)
+        # the readers' messages name it
+        self.name = self.source
 
-        def compose_node(self, parent: Any, index: Any) -> Any:
-            alias = self.check_event(yaml.AliasEvent)
-            self.levels += 1
-            if self.levels > MAX_DEPTH:
-                raise UserError(f"{self.source} is nested more than {MAX_DEPTH} levels deep")
-            node = super().compose_node(parent, index)
-            self.levels -= 1
-            if alias and id(node) not in self.sizes:
-                raise UserError(f"{self.source} has an alias of what it stands in")
-            if not alias:
-                self.sizes[id(node)] = 1 + sum(self.sizes.get(id(n), 1) for n in _below(node))
-            if self.sizes[id(node)] > MAX_NODES:
-                raise UserError(
-                    f"{self.source} stands for more than {MAX_NODES} values: an alias in it "
-                    "repeats what repeats others"
-                )
-            return node
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        alias = self.check_event(yaml.AliasEvent)
+        self.levels += 1
+        if self.levels > MAX_DEPTH:
+            raise UserError(f"{self.source} is nested more than {MAX_DEPTH} levels deep")
+        node = super().compose_node(parent, index)
+        self.levels -= 1
+        if alias and id(node) not in self.sizes:
+            raise UserError(f"{self.source} has an alias of what it stands in")
+        if not alias:
+            self.sizes[id(node)] = 1 + sum(self.sizes.get(id(n), 1) for n in _below(node))
+        if self.sizes[id(node)] > MAX_NODES:
+            raise UserError(
+                f"{self.source} stands for more than {MAX_NODES} values: an alias in it "
+                "repeats what repeats others"
+            )
+        return node
 
-        def construct_object(self, node: Any, deep: bool = False) -> Any:
-            try:
-                return super().construct_object(node, deep=deep)
-            except (ValueError, OverflowError, RecursionError) as error:
-                if isinstance(error, UserError):
-                    raise
-                raise UserError(f"{self.source}: a value cannot be read: {error}") from error
+    def construct_object(self, node: Any, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep=deep)
+        except (ValueError, OverflowError, RecursionError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(f"{self.source}: a value cannot be read: {error}") from error
 
-        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-            content = super().construct_mapping(node, deep=deep)
-            if not all(isinstance(key, str | int | float | bool) for key in content):
-                raise UserError(f"{self.source} has a key that is no text")
-            return content
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        content = super().construct_mapping(node, deep=deep)
+        if not all(isinstance(key, str | int | float | bool) for key in content):
+            raise UserError(f"{self.source} has a key that is no text")
+        return content
 
-    # Path objects and the like: a config is plain data
-    BoundedLoader.yaml_constructors = {
-        tag: function
-        for tag, function in BoundedLoader.yaml_constructors.items()
-        if tag is None or "python/" not in tag
-    }
-    return BoundedLoader
+
+# Path objects and the like: a config is plain data
+BoundedLoader.yaml_constructors = {
+    tag: function
+    for tag, function in BoundedLoader.yaml_constructors.items()
+    if tag is None or "python/" not in tag
+}
 
 
 def _below(node: Any) -> list[Any]:
@@ -89,11 +87,11 @@ def _below(node: Any) -> list[Any]:
 
 @contextlib.contextmanager
 def bounded_yaml() -> Iterator[None]:
-    """Within it, OmegaConf and Hydra read YAML through `bounded_loader`."""
+    """Within it, OmegaConf and Hydra read YAML through `BoundedLoader`."""
     places: list[Any] = [omegaconf._utils, omegaconf.basecontainer]
     before = [place.get_yaml_loader for place in places]
     for place in places:
-        place.get_yaml_loader = bounded_loader
+        place.get_yaml_loader = lambda: BoundedLoader
     try:
         yield
     finally:

@@ -4,6 +4,7 @@ import contextlib
 import os
 import re
 import sys
+import threading
 import traceback
 from collections.abc import Iterable, Iterator
 from types import TracebackType
@@ -23,8 +24,10 @@ _SECRET_KEY = re.compile(
     re.IGNORECASE,
 )
 _SECRET_VARIABLE = re.compile(
-    r"KEY|TOKEN(?!I[SZ])|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIAL|COOKIE|BEARER|(^|_)AUTH(_|$)|PRIVATE"
+    r"KEY|TOKEN(?!I[SZ])|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIAL|COOKIE|BEARER|PRIVATE|WEBHOOK|"
+    r"(^|_)(AUTH|DSN|PAT)(_|$)|_PWD$"
 )
+_URL_PASSWORD = re.compile(r"(?<=://)[^\s/@:]*:[^\s/@]+(?=@)")  # https://name:password@host
 _ENVIRONMENT = re.compile(r"\$\{\s*oc\.env\s*:\s*([^,}\s]*)")
 _LEAST = 8  # shorter values stand in too many words by chance
 
@@ -37,7 +40,9 @@ def is_secret_key(key: str) -> bool:
 
 
 def is_secret_variable(name: str) -> bool:
-    return bool(_SECRET_VARIABLE.search(name.upper()))
+    """By its name, or because its value is an address with a password in it."""
+    by_value = _URL_PASSWORD.search(os.environ.get(name, ""))
+    return bool(_SECRET_VARIABLE.search(name.upper()) or by_value)
 
 
 def check_secrets(content: Any) -> None:
@@ -64,6 +69,10 @@ def check_secrets(content: Any) -> None:
             raise UserError(
                 f"{key} looks like a secret, which would be written down with the config: put it "
                 f"into the environment and say {key}='${{oc.env:NAME}}'"
+            )
+        if _URL_PASSWORD.search(text):
+            raise UserError(
+                f"{key} is an address with a password, which would be written down with the config"
             )
         if any(value in text for value in hidden):
             raise UserError(
@@ -101,13 +110,16 @@ def redacted(text: str) -> str:
         value = os.environ.get(name, "")
         if len(value) >= 4:
             text = text.replace(value, f"${{oc.env:{name}}}")
-    return text
+    return _URL_PASSWORD.sub(HIDDEN, text)
 
 
 def redact_tracebacks() -> None:
-    """What Python prints of a fault of the program is redacted too."""
+    """What Python prints of a fault of the program, also in a thread, is redacted too."""
     if sys.excepthook is sys.__excepthook__:
         sys.excepthook = _print_redacted
+        threading.excepthook = lambda told: _print_redacted(
+            told.exc_type, told.exc_value or told.exc_type(), told.exc_traceback
+        )
 
 
 def _print_redacted(

@@ -90,7 +90,7 @@ CLASSES = frozenset(
 
 # of loggers that take anything: with `settings` a server of the config's choice would get the key
 _WANDB = frozenset(
-    {"answer_seconds", "finish_seconds", "init_seconds", "offline", "save_dir", "log_model"}
+    {"answer_seconds", "finish_seconds", "offline", "save_dir", "log_model"}
     | {"project", "entity", "name", "id", "version", "group", "job_type", "notes", "tags"}
     | {"mode", "anonymous", "prefix", "checkpoint_name", "add_file_policy"}
 )

@@ -8,6 +8,7 @@ inert stand-ins. The older format goes to `LegacyUnpickler`: torch's own reads n
 
 import math
 import pickle
+import zipfile
 from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
@@ -129,6 +130,7 @@ def read_inert(path: Path, what: str) -> Any:
         RecursionError,
         MemoryError,
         OSError,
+        zipfile.BadZipFile,
     ) as error:
         # an unpickler fed with garbage fails in many ways, none of which runs anything
         raise UserError(
@@ -139,6 +141,9 @@ def read_inert(path: Path, what: str) -> Any:
 def _read_zipped(path: Path) -> Any:
     stand_ins: list[Any] = [(InertModule, name) for name in ADMITTED_CLASSES]
     stand_ins.append((InertNamespace, "argparse.Namespace"))
+    with zipfile.ZipFile(path) as archive:
+        if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
+            raise pickle.UnpicklingError("Unsupported: compressed, which torch.save does not do")
     with torch.serialization.safe_globals(stand_ins):
         return torch.load(path, map_location="cpu", weights_only=True)
 
@@ -151,7 +156,7 @@ class LegacyUnpickler(pickle.Unpickler):
 
     def __init__(self, stream: BinaryIO, *, max_values: int) -> None:
         super().__init__(stream)
-        self.max_values = max_values
+        self.values_left = max_values
         self.storages: dict[str, Tensor] = {}
 
     def find_class(self, module: str, name: str) -> Any:
@@ -170,9 +175,12 @@ class LegacyUnpickler(pickle.Unpickler):
         kind, dtype, key, _, size, view = pid
         if kind != "storage" or not isinstance(dtype, torch.dtype) or view is not None:
             raise pickle.UnpicklingError(f"Unsupported persistent id {kind}")
-        if not 0 <= size <= self.max_values:
-            raise pickle.UnpicklingError(f"a storage of {size} values in a smaller file")
-        return self.storages.setdefault(key, torch.zeros(size, dtype=dtype))
+        if key not in self.storages:
+            if not 0 <= size <= self.values_left:
+                raise pickle.UnpicklingError(f"a storage of {size} values in a smaller file")
+            self.values_left -= size
+            self.storages[key] = torch.zeros(size, dtype=dtype)
+        return self.storages[key]
 
 
 def _rebuild_tensor(storage: Tensor, offset: int, size: Any, stride: Any, *unused: Any) -> Tensor:

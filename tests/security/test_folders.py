@@ -11,6 +11,7 @@ from beit.security.composing import check_composed
 
 BASE = ["task=classification", "data=digits", "model=micro", "trainer.max_epochs=1", "name=x"]
 CHECKPOINTS = "lightning.pytorch.callbacks.ModelCheckpoint"
+SET = "beit.data.sources.TorchvisionSource"
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +62,12 @@ def mine(composed: DictConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         (f"callbacks: {{a: {{_target_: {CHECKPOINTS}, filename: 'file://x'}}}}", "a.filename"),
         (f"callbacks: {{a: {{_target_: {CHECKPOINTS}, filename: ~/x}}}}", "a.filename"),
         (f"callbacks: {{a: {{_target_: {CHECKPOINTS}, _args_: [x]}}}}", "a._args_"),
-        ("data: {train: {download: true, root: /x}}", "data.train.root"),
+        (f"data: {{train: {{_target_: {SET}, download: true, root: /x}}}}", "data.train.root"),
+        (f"data: {{train: {{_target_: {SET}, download: true, _args_: [/x]}}}}", "train.root"),
+        (f"data: {{train: {{a: {{_target_: {SET}, download: true, root: /x}}}}}}", "train.a.root"),
+        (f"model: {{x: {{_target_: {SET}, download: true, root: data}}}}", "model.x.download"),
+        (f"views: {{x: {{_target_: {CHECKPOINTS}, dirpath: /x}}}}", "views.x: .*writes"),
+        ("task: {x: {_target_: beit.loggers.wandb.BoundedWandbLogger}}", "task.x: .*writes"),
         ("hydra: {sweep: {dir: /x}}", "hydra.sweep.dir"),
     ],
 )
@@ -79,9 +85,11 @@ def test_what_people_do_is_allowed(mine, tmp_path: Path) -> None:
         mine("", word)
     mine("", f"paths.output_dir={tmp_path}/anywhere")
     mine(f"callbacks: {{a: {{_target_: {CHECKPOINTS}, dirpath: '${{paths.output_dir}}/b/c'}}}}")
-    mine("data: {train: {download: true, root: '${paths.data_dir}'}}", "paths.data_dir=/x")
+    given = f"data: {{train: {{_target_: {SET}, download: true, root: "
+    mine(given + "'${paths.data_dir}'}}", "paths.data_dir=/x")
+    mine(given + "/elsewhere}}", "data.train.root=/somewhere")
     with pytest.raises(UserError, match=r"paths\.data_dir=/x lies outside"):
-        mine("data: {train: {download: true, root: /x/y}}\npaths: {data_dir: /x}")
+        mine(given + "/x/y}}\npaths: {data_dir: /x}")
 
 
 def test_links_are_followed(mine, tmp_path: Path) -> None:
@@ -107,12 +115,14 @@ def test_the_users_own_file_may_choose(mine, tmp_path: Path, monkeypatch) -> Non
     (own / "local").mkdir(parents=True)
     (own / "local" / "default.yaml").write_text("paths: {runs_dir: /somewhere}\n")
     monkeypatch.setattr(config, "config_dir", lambda: own)
-    assert folders._local_keys() == {"paths.runs_dir"}
+    assert folders._local_paths() == {"runs_dir": "/somewhere"}
     mine("paths: {runs_dir: /somewhere}")
     with pytest.raises(UserError, match=r"paths\.output_dir=/other"):
         mine("paths: {runs_dir: /somewhere, output_dir: /other}")
+    with pytest.raises(UserError, match=r"paths\.runs_dir=/other"):  # not the user's value
+        mine("paths: {runs_dir: /other}")
     (own / "local" / "default.yaml").write_text("a: [unclosed")
-    assert folders._local_keys() == set()
+    assert folders._local_paths() == {}
 
 
 def test_what_cannot_be_told_is_refused(mine) -> None:

@@ -13,7 +13,7 @@ from beit.security import limits
 
 
 def load(text: str) -> object:
-    return yaml.load(io.StringIO(text), Loader=limits.bounded_loader())
+    return yaml.load(io.StringIO(text), Loader=limits.BoundedLoader)
 
 
 def bomb(levels: int) -> str:
@@ -53,9 +53,8 @@ def test_the_bomb_takes_milliseconds() -> None:
 
 @pytest.mark.parametrize("tag", ["object/apply:os.system", "name:os.system", "tuple"])
 def test_no_tag_of_pythons_is_read(tag: str) -> None:
-    for loader in (limits.bounded_loader(),):
-        with pytest.raises(yaml.YAMLError):
-            yaml.load(f"!!python/{tag} [x]", Loader=loader)
+    with pytest.raises(yaml.YAMLError):
+        load(f"!!python/{tag} [x]")
     with pytest.raises(yaml.YAMLError):
         load("!!python/object/apply:pathlib.Path [x]")  # which OmegaConf's own reads
 

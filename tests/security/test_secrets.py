@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -45,7 +46,9 @@ def test_keys_that_look_like_a_secret(key: str, secret: bool) -> None:
     ("name", "secret"),
     [
         *[(name, True) for name in ("WANDB_API_KEY", "HF_TOKEN", "MY_PASSWORD", "GH_AUTH")],
+        *[(name, True) for name in ("GITHUB_PAT", "MYSQL_PWD", "SENTRY_DSN", "SLACK_WEBHOOK_URL")],
         *[(name, False) for name in ("HOME", "TOKENIZERS_PARALLELISM", "GIT_AUTHOR_NAME", "PATH")],
+        *[(name, False) for name in ("PWD", "OLDPWD", "PATTERN", "ADDSN")],
     ],
 )
 def test_variables_that_look_like_a_secret(name: str, secret: bool) -> None:
@@ -63,12 +66,15 @@ def test_variables_that_look_like_a_secret(name: str, secret: bool) -> None:
         {"logger": {"api_key": KEY}},
         {"logger": {"password": 12345678}},
         {"name": f"run-{KEY}"},
+        {"data": "${oc.env:THE_DATABASE}"},
+        {"data": {"repo": "https://me:12345678@host/x"}},
     ],
 )
 def test_what_would_write_a_secret_down(
     content: dict[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MY_API_KEY", KEY)
+    monkeypatch.setenv("THE_DATABASE", f"postgres://me:{KEY}@host/x")
     with pytest.raises(UserError) as caught:
         secrets.check_secrets(content)
     assert KEY not in str(caught.value)
@@ -99,6 +105,8 @@ def test_log_lines_are_redacted(monkeypatch: pytest.MonkeyPatch) -> None:
     record = logging.LogRecord("beit", 20, "x", 1, "key %s, in %s", (KEY, f"/{PLACE}/x"), None)
     line = console.RedactingFormatter("%(message)s").format(record)
     assert line == "key ***, in /${oc.env:THE_PLACE}/x"
+    said = "no answer of https://me:a-password@host:80/x and http://host:80/y@z"
+    assert secrets.redacted(said) == "no answer of https://***@host:80/x and http://host:80/y@z"
 
 
 def test_tracebacks_of_faults_are_redacted(
@@ -106,13 +114,21 @@ def test_tracebacks_of_faults_are_redacted(
 ) -> None:
     monkeypatch.setenv("MY_API_KEY", KEY)
     monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
+    monkeypatch.setattr(threading, "excepthook", threading.__excepthook__)
     secrets.redact_tracebacks()
-    try:
+
+    def fault() -> None:
         raise ZeroDivisionError(f"with {KEY}")
+
+    try:
+        fault()
     except ZeroDivisionError as error:
         sys.excepthook(type(error), error, error.__traceback__)
+    thread = threading.Thread(target=fault)
+    thread.start()
+    thread.join()
     printed = capsys.readouterr().err
-    assert "ZeroDivisionError: with ***" in printed
+    assert printed.count("ZeroDivisionError: with ***") == 2
     assert KEY not in printed
 
 

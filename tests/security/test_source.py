@@ -53,9 +53,15 @@ def uses(tree: ast.AST) -> Iterator[tuple[str, int]]:
                 names[alias.asname or alias.name] = f"{node.module}.{alias.name}"
                 yield f"{node.module}.{alias.name}", node.lineno
     for node in ast.walk(tree):
-        if isinstance(node, ast.Name | ast.Attribute):
-            first, _, rest = ast.unparse(node).partition(".")
+        if isinstance(node, ast.Name | ast.Attribute) and isinstance(node.ctx, ast.Load):
+            first, _, rest = dotted(node).partition(".")
             yield f"{names.get(first, first)}.{rest}".rstrip("."), node.lineno
+
+
+def dotted(node: ast.AST) -> str:
+    if isinstance(node, ast.Attribute):
+        return f"{dotted(node.value)}.{node.attr}"
+    return node.id if isinstance(node, ast.Name) else "()"
 
 
 def faults(text: str, place: str) -> list[str]:

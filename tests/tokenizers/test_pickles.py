@@ -156,6 +156,19 @@ def test_a_payload_in_each_part_of_a_legacy_file_is_refused(tmp_path, position):
     assert not marker.exists()
 
 
+def test_what_is_compressed_is_refused(tmp_path):
+    """A file of a megabyte could stand for a thousand; torch itself compresses nothing."""
+    torch.save({"a": torch.zeros(100_000)}, tmp_path / "a.pt")
+    assert read_tensors(tmp_path / "a.pt", what="weights")["a"].shape == (100_000,)
+    with zipfile.ZipFile(tmp_path / "a.pt") as plain:
+        with zipfile.ZipFile(tmp_path / "b.pt", "w", zipfile.ZIP_DEFLATED) as packed:
+            for name in plain.namelist():
+                packed.writestr(name, plain.read(name))
+    assert torch.load(tmp_path / "b.pt", weights_only=True)["a"].shape == (100_000,)
+    with pytest.raises(UserError, match="compressed, which torch"):
+        read_tensors(tmp_path / "b.pt", what="weights")
+
+
 class Claims(pickle.Pickler):
     """Writes a storage of a size that the file does not have."""
 
@@ -169,6 +182,23 @@ def test_a_storage_larger_than_its_file_is_refused(tmp_path):
         Claims(buffer, 2).dump(part)
     (tmp_path / "a.pt").write_bytes(buffer.getvalue())
     with pytest.raises(UserError, match="in a smaller file"):
+        read_tensors(tmp_path / "a.pt", what="weights")
+
+
+def test_many_storages_that_are_together_larger_than_their_file_are_refused(tmp_path):
+    class Many(pickle.Pickler):
+        def persistent_id(self, obj):
+            named = isinstance(obj, str) and obj.startswith("storage-")
+            key = obj[8:] if named else ""
+            return ("storage", torch.FloatStorage, key, "cpu", 200, None) if named else None
+
+    names = [f"storage-{number}" for number in range(100)]
+    buffer = io.BytesIO()
+    for part in (*LEGACY_PARTS[:3], {"a": names}):
+        Many(buffer, 2).dump(part)
+    pickle.dump([name[8:] for name in names], buffer, 2)
+    (tmp_path / "a.pt").write_bytes(buffer.getvalue())
+    with pytest.raises(UserError, match="a storage of 200 values in a smaller file"):
         read_tensors(tmp_path / "a.pt", what="weights")
 
 
