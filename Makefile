@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo install test faults parity mutations check lint types clean
+.PHONY: help demo install test faults bench parity conversion mutations check lint types clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -23,8 +23,14 @@ test: $(STAMP)-dev ## the tests (ARGS="-k name" passes arguments to pytest)
 faults: $(STAMP)-dev ## kill, starve, damage and attack runs (20 minutes; ARGS="kills" for one row)
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m scripts.faults --write-docs $(ARGS)
 
+bench: $(STAMP)-dev ## time ours beside its peers (20 minutes; ARGS="masks views" for some rows); writes docs/performance.md
+	$(BIN)/python -m scripts.bench --write-docs $(ARGS)
+
 parity: $(STAMP)-dev ## measure against timm, transformers, dall-e and Pillow; writes docs/parity.md
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/parity --write-docs $(ARGS)
+
+conversion: $(STAMP)-dev ## weights to every layout and back, by each library's loader; writes docs/conversion.md
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/interop --write-docs $(ARGS)
 
 mutations: $(STAMP)-dev ## break the program on purpose, one fault at a time: some test must notice
 	OMP_NUM_THREADS=1 $(BIN)/python -m scripts.mutations $(ARGS)

@@ -22,7 +22,8 @@ from PIL import Image
 from beit.data.views import EvalTransform
 from beit.errors import UserError
 from beit.interop import convert
-from beit.interop.weights import HALF, Weights, networks
+from beit.interop.checks import networks
+from beit.interop.weights import HALF, Weights
 
 TOLERANCE = 1e-3
 

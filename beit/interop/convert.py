@@ -2,6 +2,7 @@
 
 import json
 import logging
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,13 +11,14 @@ from typing import Any, Literal
 import torch
 from safetensors.torch import save_file
 
-from beit.checkpoints.atomic import local_path
 from beit.checkpoints.models import Checkpoint, read_checkpoint
 from beit.errors import UserError
+from beit.files import local_path, replacing
 from beit.interop import huggingface, ours, timm, unilm
+from beit.interop.checks import checked, without
 from beit.interop.fields import Fields
 from beit.interop.recognise import is_ours, open_foreign
-from beit.interop.weights import NORMALIZATIONS, Settings, Weights, checked, without
+from beit.interop.weights import NORMALIZATIONS, Settings, Weights
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +41,7 @@ def read(path: str | Path, settings: Settings | None = None) -> Weights:
         weights = weights.changed(architecture=arch)
     if settings.classes is not None:
         weights = weights.changed(classes=settings.classes)
-    return checked(weights, path, settings.allow)
+    return checked(weights, path, settings)
 
 
 def _read_foreign(path: str | Path, settings: Settings) -> Weights:
@@ -120,13 +122,8 @@ def convert(source: str | Path, to: str, output: str | Path, settings: Settings)
 
 def _write_unilm(weights: Weights, output: Path) -> None:
     content = unilm.content(weights)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    part = output.with_name(f".{output.name}.part")
-    try:
-        torch.save(content, part)
-        part.rename(output)
-    finally:
-        part.unlink(missing_ok=True)
+    with replacing(output) as file:
+        torch.save(content, file)
 
 
 def _write_timm(weights: Weights, output: Path) -> None:
@@ -142,19 +139,15 @@ def _write_huggingface(weights: Weights, output: Path) -> None:
 
 def _write_folder(output: Path, tensors: dict[str, Any], files: dict[str, Any]) -> None:
     """All files, or no folder."""
-    part = output.with_name(f".{output.name}.part")
-    part.mkdir(parents=True)
-    try:
-        save_file(tensors, part / "model.safetensors", metadata={"format": "pt"})
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as draft:
+        whole = Path(draft) / output.name  # the draft itself is its owner's alone
+        whole.mkdir()
+        save_file(tensors, whole / "model.safetensors", metadata={"format": "pt"})
         for name, content in files.items():
             text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-            (part / name).write_text(text, encoding="utf-8")
-        part.rename(output)
-    finally:
-        for file in part.iterdir() if part.is_dir() else ():
-            file.unlink()
-        if part.is_dir():
-            part.rmdir()
+            (whole / name).write_text(text, encoding="utf-8")
+        whole.rename(output)
 
 
 _WRITERS: dict[str, Callable[[Weights, Path], None]] = {

@@ -4,6 +4,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from beit.data.pixels import INTERPOLATIONS
+from beit.errors import UserError
 from beit.interop.fields import Fields
 from beit.interop.weights import Preprocessing, Settings, Weights
 
@@ -44,6 +45,13 @@ def restored(weights: Weights, found: Fields | None) -> Weights:
     if found is None:
         return weights
     inner = found.inner("architecture")
+    for name in ("width", "depth"):
+        said, tensors = inner.whole(name), getattr(weights.architecture, name)
+        if said != tensors:
+            raise UserError(
+                f"{found.where}: its entry {ENTRY} tells of a {name} of {said}, and its tensors "
+                f"are of {tensors}: get the file again"
+            )
     scale = inner.number("layer_scale", high=1e6)
     architecture = replace(
         weights.architecture,

@@ -9,9 +9,12 @@ from typing import Any
 from torch import Tensor
 
 from beit.errors import UserError
+from beit.interop.checks import check_one_norm
 from beit.interop.fields import Fields
 from beit.interop.huggingface_names import renamed, their_names, version
 from beit.interop.processor import preprocessing, processor
+from beit.interop.released import kind_of
+from beit.interop.segmentation import HUGGINGFACE_HEADS, set_aside
 from beit.interop.weights import (
     Architecture,
     Kind,
@@ -19,48 +22,44 @@ from beit.interop.weights import (
     ReadReport,
     Settings,
     Weights,
-    check_one_norm,
-    split_head,
 )
 from beit.models.layers import RelativePosition
-from beit.models.transfer import INDEX
 
 CLASSES = {
     "mim": "BeitForMaskedImageModeling",
     "classification": "BeitForImageClassification",
     "backbone": "BeitModel",
 }
-SEGMENTATION = ("decode_head.", "auxiliary_head.", "fpn.", "fpn1.", "fpn2.")
-NOT_YET = "heads of segmentation are not carried, the backbone is"
+HEADS = {
+    "BeitForMaskedImageModeling": "lm_head.",
+    "BeitForImageClassification": "classifier.",
+    "BeitForSemanticSegmentation": "decode_head.",
+}
 
 
 def read(tensors: dict[str, Tensor], folder: "Folder", path: Any, settings: Settings) -> Weights:
     """Tensors with the names of version 4 or 5, and the JSON files beside them."""
     config = folder.config
     report = ReadReport(layout=f"Hugging Face ({version(tensors)})")
-    heads = [key for key in tensors if key.startswith(SEGMENTATION)]
-    if heads:
-        report.left[NOT_YET] = heads
-    report.recomputed = [key for key in tensors if key.endswith(INDEX)]
-    passed = {*heads, *report.recomputed}
-    ours = renamed({key: value for key, value in tensors.items() if key not in passed}, path)
-    backbone, head = split_head(ours)
-    kind: Kind = "backbone"
-    if "lm_head.weight" in head or "head.weight" in head:
-        kind = "mim" if "lm_head.weight" in head else "classification"
+    ours = renamed(set_aside(tensors, HUGGINGFACE_HEADS, report), path)
+    kind, _ = kind_of(ours, path)
+    _check_head(config, tensors)
     arch = _architecture(config, ours, settings)
     pooling = _pooling(kind, ours, config)
-    classes = _classes(config, len(head["head.weight"])) if kind == "classification" else None
-    return Weights(
-        kind=kind,
-        architecture=arch,
-        backbone=backbone,
-        head=head,
-        pooling=pooling,
-        preprocessing=preprocessing(folder.processor, arch.image_size, settings, report.notes),
-        classes=classes,
-        report=report,
-    )
+    classes = _classes(config, len(ours["head.weight"])) if kind == "classification" else None
+    prepared = preprocessing(folder.processor, arch.image_size, settings, report.notes)
+    return Weights.of(ours, kind, arch, pooling, prepared, report, classes)
+
+
+def _check_head(config: Fields, tensors: Mapping[str, Tensor]) -> None:
+    """Without it a file cut off between two parts would be taken for a backbone."""
+    said = config.names("architectures") or []
+    for name, head in HEADS.items():
+        if name in said and not any(key.startswith(head) for key in tensors):
+            raise UserError(
+                f"{config.where} is of {name}, and the weights beside it have no {head}*: get them "
+                "again, or say BeitModel under architectures to take the backbone alone"
+            )
 
 
 class Folder:

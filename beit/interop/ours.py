@@ -83,12 +83,14 @@ def write(weights: Weights, path: Path) -> None:
 def checkpoint(weights: Weights, path: str | Path, *, config: bool) -> Checkpoint:
     """What `read_checkpoint` would give of the written file, without writing it.
 
-    Without `config` both of its configs are empty.
+    Without `config` its configs tell no more than the backbone.
     """
     tensors = _tensors(weights)
-    entry: dict[str, Any] = {"config": {}, "composed": {}, "classes": weights.classes}
     if config:
         entry = _entry(weights)
+    else:
+        least = {"task": {"backbone": _backbone(weights)}}
+        entry = {"config": least, "composed": least, "classes": weights.classes}
     places = {
         key: Entry(str(value.dtype), tuple(value.shape), 0, 0, "") for key, value in tensors.items()
     }
@@ -161,11 +163,15 @@ def _config(weights: Weights) -> DictConfig:
     return cfg
 
 
+def _backbone(weights: Weights) -> dict[str, Any]:
+    return {"_target_": _BACKBONE, **weights.architecture.arguments(), "init_cut": 0.02}
+
+
 def _encoder_config(weights: Weights) -> dict[str, Any]:
     arch, plain = weights.architecture, weights.preprocessing
     task: dict[str, Any] = {
         "_target_": _ENCODER,
-        "backbone": {"_target_": _BACKBONE, **arch.arguments(), "init_cut": 0.02},
+        "backbone": _backbone(weights),
         "pooling": weights.pooling,
     }
     if arch.norm_eps != NORM_EPS:

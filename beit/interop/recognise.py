@@ -1,35 +1,29 @@
-"""Which layout a file or folder has, by its content, and its tensors; nothing in it is run."""
+"""Which layout a file or folder has, by its content."""
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
-from beit.checkpoints.atomic import local_path
 from beit.checkpoints.header import HEADER_LIMIT
 from beit.errors import UserError
+from beit.files import local_path
 from beit.interop.fields import Fields
+from beit.interop.files import CONTAINERS, read_tensors, weights_in
 from beit.interop.weights import shown
 from beit.models.transfer import INDEX
-from beit.printable import printable
-from beit.tokenizers.pickles import read_inert
 
 LAYOUTS = {
     "ours": "ours (a checkpoint of a run)",
-    "unilm": "unilm, the official release (cls_token, patch_embed.proj.weight, blocks.0.*; bare or "
-    "under model, module or state_dict)",
+    "unilm": "unilm, the official release (cls_token, patch_embed.proj.weight, "
+    "blocks.0.attn.q_bias; bare or under model, module or state_dict)",
     "segmentation": "unilm segmentation (backbone.*, decode_head.*)",
     "timm": "timm (unilm's names, with or without a config.json)",
     "huggingface": "Hugging Face (embeddings.*, encoder.layer.0.* or layers.0.*, and a config.json "
     "of model_type beit)",
 }
-WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
-_CONTAINERS = ("model", "module", "state_dict")
-_WRAPPERS = ("module.", "_orig_mod.")  # around every name: DistributedDataParallel, torch.compile
 
 
 @dataclass(frozen=True)
@@ -52,10 +46,8 @@ def is_ours(path: str | Path) -> bool:
     if path.is_dir() or not path.is_file():
         return False
     with path.open("rb") as file:
-        first = file.read(8)
-        if first.startswith((b"PK", b"\x80")):
-            return False
-        length = int.from_bytes(first, "little")
+        # a pickle or a zip file has no such length: its first bytes make a far larger number
+        length = int.from_bytes(file.read(8), "little")
         if not 2 <= length <= min(HEADER_LIMIT, path.stat().st_size - 8):
             return False
         try:
@@ -74,69 +66,12 @@ def open_foreign(path: str | Path) -> Found:
         UserError: nothing there, damaged, holding more than tensors, or of no known layout.
     """
     path = local_path(path)
-    file = _weights_in(path) if path.is_dir() else path
-    if not file.is_file():
+    if not path.exists():
         raise UserError(f"nothing at {path}: the path must name a file or folder that exists")
-    content: Any = None
-    if file.suffix == ".safetensors" or _is_safetensors(file):
-        tensors = _load_safetensors(file)
-    else:
-        content = read_inert(file, "weights")
-        tensors = _tensors_in(content, file)
-    tensors = _unwrapped(tensors)
+    file = weights_in(path) if path.is_dir() else path
+    tensors, content = read_tensors(file)
     config = _config_beside(file, required=path.is_dir())
     return Found(_layout(tensors, content, config, file), file, tensors, content, config)
-
-
-def _weights_in(folder: Path) -> Path:
-    for name in WEIGHT_FILES:
-        if (folder / name).is_file():
-            return folder / name
-    held = sorted(entry.name for entry in folder.iterdir())[:6]
-    raise UserError(
-        f"{folder} holds no {' or '.join(WEIGHT_FILES)} (it holds {shown(held) or 'nothing'}): "
-        "give a folder of Hugging Face's or timm's, or a file of weights"
-    )
-
-
-def _is_safetensors(path: Path) -> bool:
-    with path.open("rb") as file:
-        first = file.read(9)
-    length = int.from_bytes(first[:8], "little")
-    return first[8:] == b"{" and length < path.stat().st_size
-
-
-def _load_safetensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise UserError(
-            f"{path} is damaged, cut short or no safetensors file ({printable(str(error))}): get it"
-            " again"
-        ) from error
-
-
-def _tensors_in(content: Any, path: Path) -> dict[str, Tensor]:
-    """The dict of tensors, which may lie under one of the usual keys."""
-    for _ in range(3):
-        inner = [k for k in _CONTAINERS if isinstance(content, dict) and k in content]
-        if not inner or not isinstance(content[inner[0]], dict):
-            break
-        content = content[inner[0]]
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds {type(content).__name__}: expected tensors by name")
-    for key, value in content.items():
-        if not isinstance(key, str) or not isinstance(value, Tensor):
-            held = f"{shown([str(key)])} is {type(value).__name__}"
-            raise UserError(f"{path} holds more than tensors by name: {held}")
-    return dict(content)
-
-
-def _unwrapped(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    for prefix in _WRAPPERS:
-        if tensors and all(key.startswith(prefix) for key in tensors):
-            tensors = {key[len(prefix) :]: value for key, value in tensors.items()}
-    return tensors
 
 
 def _config_beside(file: Path, *, required: bool) -> Fields | None:
@@ -154,19 +89,20 @@ def _config_beside(file: Path, *, required: bool) -> Fields | None:
 def _layout(tensors: dict[str, Tensor], content: Any, config: Fields | None, path: Path) -> str:
     if any(key.endswith("embeddings.patch_embeddings.projection.weight") for key in tensors):
         if config is None or config.content.get("model_type") != "beit":
-            said = "has none beside it" if config is None else "is of another model"
+            said = "no config.json" if config is None else "the config.json of another model"
             raise UserError(
-                f"{path} has the names of Hugging Face's BEiT, whose config.json {said}: give the "
-                "folder with its config.json of model_type beit"
+                f"{path} has the names of Hugging Face's BEiT, and beside it lies {said}: give the "
+                "folder with a config.json of model_type beit"
             )
         return "huggingface"
     if "backbone.patch_embed.proj.weight" in tensors:
         return "segmentation"
-    released = {"cls_token", "patch_embed.proj.weight", "blocks.0.norm1.weight"}
+    # a plain vision transformer has a bias of q, k and v together
+    released = {"cls_token", "patch_embed.proj.weight", "blocks.0.attn.q_bias"}
     if released <= set(tensors):
         if config is not None and "architecture" in config:
             return "timm"
-        theirs = isinstance(content, dict) and any(key in content for key in _CONTAINERS)
+        theirs = isinstance(content, dict) and any(key in content for key in CONTAINERS)
         indexed = any(key.endswith(INDEX) for key in tensors)
         pretraining = "lm_head.weight" in tensors
         trained_by_timm = isinstance(content, dict) and "arch" in content

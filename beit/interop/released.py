@@ -62,8 +62,12 @@ def describe(
     )
 
 
-def kind_of(tensors: Mapping[str, Tensor]) -> tuple[Kind, Pooling]:
-    """By the heads there are."""
+def kind_of(tensors: Mapping[str, Tensor], path: Any) -> tuple[Kind, Pooling]:
+    """By the heads there are. Raises UserError for one that is no matrix."""
+    for key in ("lm_head.weight", "head.weight"):
+        if key in tensors and tensors[key].ndim != 2:
+            shape = list(tensors[key].shape)
+            raise UserError(f"{path}: {key} has shape {shape}; expected classes by width")
     if "lm_head.weight" in tensors:
         return "mim", "none"
     pooling: Pooling = "none"
@@ -126,9 +130,9 @@ def _relative(tensors: Mapping[str, Tensor], path: Any) -> RelativePosition:
     return "shared" if shared else "per_block" if own else "none"
 
 
-def _table(tensors: Mapping[str, Tensor], relative: RelativePosition) -> Tensor | None:
+def _table(tensors: Mapping[str, Tensor], relative: RelativePosition, path: Any) -> Tensor | None:
     keys = {"shared": SHARED_TABLE, "per_block": f"blocks.0.attn.{TABLE}"}
-    return tensors[keys[relative]] if relative in keys else None
+    return _tensor(tensors, keys[relative], path) if relative in keys else None
 
 
 def _num_heads(
@@ -139,8 +143,8 @@ def _num_heads(
     settings: Settings,
     notes: list[str],
 ) -> int:
-    table = _table(tensors, relative)
-    if table is not None and table.ndim == 2:
+    table = _table(tensors, relative, path)
+    if table is not None:
         if settings.num_heads not in (None, table.shape[1]):
             raise UserError(
                 f"{path}: num_heads={settings.num_heads} for bias tables of {table.shape[1]} heads"
@@ -164,7 +168,7 @@ def _image_size(
     path: Any,
     settings: Settings,
 ) -> tuple[int, int]:
-    table, absolute = _table(tensors, relative), tensors.get("pos_embed")
+    table, absolute = _table(tensors, relative, path), tensors.get("pos_embed")
     if table is not None:
         rows, what = len(table), "bias table"
         side = (math.isqrt(max(rows - 3, 1)) + 1) // 2

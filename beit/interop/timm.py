@@ -11,18 +11,11 @@ from typing import Any
 from torch import Tensor
 
 from beit.errors import UserError
+from beit.interop.checks import check_one_norm, check_released_eps
 from beit.interop.facts import preprocessing_of
 from beit.interop.fields import Fields
 from beit.interop.released import assumed_preprocessing, describe, kind_of
-from beit.interop.weights import (
-    ReadReport,
-    Settings,
-    Weights,
-    check_one_norm,
-    check_released_eps,
-    split_head,
-)
-from beit.models.transfer import INDEX
+from beit.interop.weights import ReadReport, Settings, Weights
 
 # timm's functions for BEiT, by (width, depth, heads, patch): what they build can be changed by
 # arguments, so another size is named after the nearest
@@ -42,36 +35,25 @@ def read(
 ) -> Weights:
     """Tensors of timm's Beit and the config.json beside them, if there is one."""
     report = ReadReport(layout="timm")
-    report.recomputed = [key for key in tensors if key.endswith(INDEX)]
-    found = {key: value for key, value in tensors.items() if not key.endswith(INDEX)}
     arguments = config.inner("model_args") if config else Fields({}, path)
     if "embed_dim" in arguments and "num_heads" in arguments:
         settings = replace(settings, num_heads=settings.num_heads or arguments.whole("num_heads"))
     if "img_size" in arguments:
         settings = replace(settings, image_size=settings.image_size or arguments.size("img_size"))
-    arch = describe(found, path, settings, report.notes)
+    arch = describe(tensors, path, settings, report.notes)
     if arch.layer_scale and "init_values" in arguments:
         arch = replace(arch, layer_scale=arguments.number("init_values", high=1e6))
-    kind, pooling = kind_of(found)
+    kind, pooling = kind_of(tensors, path)
     if config and settings.normalize is None:
         preprocessing = preprocessing_of(config.inner("pretrained_cfg"))
     else:
         preprocessing = assumed_preprocessing(settings, arch.image_size, report.notes)
-    backbone, head = split_head(found)
     classes = None
+    if config:
+        _check_count(config, len(tensors.get("head.weight", ())))
     if config and kind == "classification":
         classes = config.names("label_names") or config.inner("pretrained_cfg").names("label_names")
-        _check_count(config, len(head["head.weight"]))
-    return Weights(
-        kind=kind,
-        architecture=arch,
-        backbone=backbone,
-        head=head,
-        pooling=pooling,
-        preprocessing=preprocessing,
-        classes=classes,
-        report=report,
-    )
+    return Weights.of(tensors, kind, arch, pooling, preprocessing, report, classes)
 
 
 def content(weights: Weights) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -142,7 +124,7 @@ def model_arguments(weights: Weights) -> dict[str, Any]:
 
 def _check_count(config: Fields, rows: int) -> None:
     inner = config.inner("pretrained_cfg")
-    said = config.whole("num_classes", inner.whole("num_classes", rows))
+    said = config.whole("num_classes", inner.whole("num_classes", rows, at_least=0), at_least=0)
     if said != rows:
         raise UserError(
             f"{config.where}: num_classes is {said}, and the head beside it has {rows} classes; "

@@ -11,66 +11,43 @@ from typing import Any
 from torch import Tensor
 
 from beit.errors import UserError
+from beit.interop.checks import check_one_norm, check_released_eps
 from beit.interop.facts import ENTRY, facts, facts_in, restored, settings_with
 from beit.interop.released import assumed_preprocessing, describe, kind_of
-from beit.interop.weights import (
-    ReadReport,
-    Settings,
-    Weights,
-    check_one_norm,
-    check_released_eps,
-    split_head,
-)
+from beit.interop.segmentation import UNILM_HEADS, set_aside
+from beit.interop.weights import ReadReport, Settings, Weights
 from beit.models.position import relative_position_index
 from beit.models.transfer import INDEX
 from beit.tokenizers.pickles import InertNamespace
 
-SEGMENTATION = ("decode_head.", "auxiliary_head.", "backbone.fpn")
-NOT_YET = "heads of segmentation are not carried, the backbone is"
-
 
 def read(tensors: dict[str, Tensor], content: Any, path: Any, settings: Settings) -> Weights:
     """Tensors under the released names; `content` is what the file held around them."""
-    report = ReadReport(layout="unilm (official)")
-    report.recomputed = [key for key in tensors if key.endswith(INDEX)]
-    entry = facts_in(content, path)
-    settings = settings_with(entry, settings)
-    arch = describe(tensors, path, settings, report.notes)
-    kept = {key: value for key, value in tensors.items() if not key.endswith(INDEX)}
-    backbone, head = split_head(kept)
-    kind, pooling = kind_of(kept)
-    notes: list[str] = [] if entry else report.notes
-    told = _told_normalisation(content)
-    weights = Weights(
-        kind=kind,
-        architecture=arch,
-        backbone=backbone,
-        head=head,
-        pooling=pooling,
-        preprocessing=assumed_preprocessing(settings, arch.image_size, notes, told),
-        report=report,
-    )
-    return restored(weights, entry)
+    return _read(tensors, content, path, settings, ReadReport(layout="unilm (official)"))
 
 
 def read_segmentation(
     tensors: dict[str, Tensor], content: Any, path: Any, settings: Settings
 ) -> Weights:
     """The backbone of a segmentation model; its heads are named in the report and left."""
-    # the place for the heads, once there is a segmentation model to carry them to
-    heads = [key for key in tensors if key.startswith(SEGMENTATION)]
-    prefix = "backbone."
-    inner = {
-        key[len(prefix) :]: value
-        for key, value in tensors.items()
-        if key.startswith(prefix) and key not in heads
-    }
-    weights = read(inner, content, path, settings)
-    strange = [key for key in tensors if key not in heads and not key.startswith(prefix)]
-    weights.backbone.update({key: tensors[key] for key in strange})  # for the check to refuse
-    weights.report.layout = "unilm (official), segmentation"
-    weights.report.left[NOT_YET] = heads
-    return weights
+    report = ReadReport(layout="unilm (official), segmentation")
+    rest = set_aside(tensors, UNILM_HEADS, report)
+    inner = {key.removeprefix("backbone."): value for key, value in rest.items()}
+    return _read(inner, content, path, settings, report)
+
+
+def _read(
+    tensors: dict[str, Tensor], content: Any, path: Any, settings: Settings, report: ReadReport
+) -> Weights:
+    entry = facts_in(content, path)
+    settings = settings_with(entry, settings)
+    arch = describe(tensors, path, settings, report.notes)
+    kind, pooling = kind_of(tensors, path)
+    notes: list[str] = [] if entry else report.notes
+    told = _told_normalisation(content)
+    preprocessing = assumed_preprocessing(settings, arch.image_size, notes, told)
+    weights = Weights.of(tensors, kind, arch, pooling, preprocessing, report)
+    return restored(weights, entry)
 
 
 def content(weights: Weights) -> dict[str, Any]:

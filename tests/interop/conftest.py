@@ -1,7 +1,6 @@
 """Small weights of every kind, each layout's own loader, and the matrix in docs/conversion.md."""
 
-import os
-import runpy
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,8 +8,15 @@ import torch
 from torch import Tensor
 
 from beit.interop import convert
-from beit.interop.weights import Architecture, Preprocessing, Weights, networks
+from beit.interop.checks import networks
+from beit.interop.weights import Architecture, Preprocessing, Weights
 
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))  # scripts is no package
+
+from scripts.sections import read_section, write_section  # noqa: E402
+
+DOCUMENT, COMMAND = ROOT / "docs" / "conversion.md", "make conversion"
 WIDTH, HEADS, DEPTH, PATCH, VOCAB, CLASSES, BATCH = 22, 2, 3, 8, 13, 5, 3
 POSITIONS = {
     "shared": {"absolute_position": False, "relative_position": "shared"},
@@ -119,6 +125,14 @@ class Matrix:
         old = self.cells.get(key)
         self.cells[key] = max(old, value) if isinstance(old, float) else value
 
+    @property
+    def is_complete(self):
+        return len(self.cells) == len(KINDS) * len(OUTPUTS) ** 2
+
+    def written(self):
+        """The text that stands in the document."""
+        return read_section(DOCUMENT, "conversion", COMMAND)
+
     def text(self):
         layouts = list(OUTPUTS)
         lines = []
@@ -135,18 +149,13 @@ class Matrix:
         return f"{value:.0e}" if isinstance(value, float) and value else str(value or "0")
 
 
-MATRIX = Matrix()
-DOCUMENT = Path(__file__).parents[2] / "docs" / "conversion.md"
-COMMAND = "BEIT_WRITE_DOCS=1 pytest tests/interop"
-
-
 @pytest.fixture(scope="session")
-def matrix():
-    """Collects; with BEIT_WRITE_DOCS=1 and all cells filled it is written into the docs."""
-    yield MATRIX
-    if os.environ.get("BEIT_WRITE_DOCS") and len(MATRIX.cells) == 16 * len(KINDS):
-        sections = runpy.run_path(str(DOCUMENT.parents[1] / "scripts" / "sections.py"))
-        sections["write_section"](DOCUMENT, "conversion", COMMAND, MATRIX.text())
+def matrix(pytestconfig):
+    """Collects; with --write-docs and all cells filled it is written into the document."""
+    collected = Matrix()
+    yield collected
+    if pytestconfig.getoption("--write-docs") and collected.is_complete:
+        write_section(DOCUMENT, "conversion", COMMAND, collected.text())
 
 
 def difference(a: Tensor, b: Tensor) -> float:

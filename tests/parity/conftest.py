@@ -19,15 +19,11 @@ MATRICES = ("Encoder",)
 RESULTS = pytest.StashKey[Measured]()
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--write-docs", action="store_true", help="write docs/parity.md")
-
-
 @pytest.fixture(scope="session")
 def measured(pytestconfig: pytest.Config) -> Iterator[Measured]:
     """measured(part, what, against, difference, allowed): notes it, and asserts it is allowed."""
     results = Measured()
     pytestconfig.stash[RESULTS] = results
     yield results
-    if pytestconfig.getoption("--write-docs", default=False):
+    if pytestconfig.getoption("--write-docs"):
         write_section(DOCUMENT, "parity", "make parity", results.tables(MATRICES))

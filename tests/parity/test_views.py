@@ -13,8 +13,8 @@ from transformers.models.beit.image_processing_pil_beit import BeitImageProcesso
 
 from beit.data.loading import LoaderSettings
 from beit.data.masking import BlockwiseMasking
-from beit.data.pretraining import PretrainingData
 from beit.data.pixels import CropBox
+from beit.data.pretraining import PretrainingData
 from beit.data.views import EvalTransform, TwoViewTransform
 
 VIEW, TOKEN_VIEW = (40, 72), (24, 44)

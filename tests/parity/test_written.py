@@ -15,7 +15,7 @@ FILES = {path.name for path in Path(__file__).parent.glob("test_*.py")}
 def test_the_document_is_current(request, measured):
     options = request.config.option
     ran = {item.path.name for item in request.session.items if item.path.parent.name == "parity"}
-    if request.config.getoption("--write-docs", default=False):
+    if request.config.getoption("--write-docs"):
         pytest.skip("it is being written")
     if ran != FILES or options.keyword or options.markexpr or request.session.testsfailed:
         pytest.skip("only a part of the parity tests ran")
