@@ -3,8 +3,11 @@
 import argparse
 import dataclasses
 import json
+import multiprocessing
 import os
 import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,7 @@ from beit.run_folder import describe_environment
 from scripts.faults import rows
 from scripts.sections import write_section
 
+_LONG = ("kills", "signals", "ranks", "loggers")  # minutes each
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "reliability.md"
 
 
@@ -25,14 +29,14 @@ def main() -> int:
     console = Console()
     started = time.monotonic()
     results = []
-    for name in options.rows or rows.names():
-        result = rows.run_row(name, short=options.short, seed=options.seed, trials=options.trials)
+    for result in _results(options):
         results.append(result)
         mark = "[green]ok[/]" if result.good else "[red]FAILED[/]"
         console.print(
-            f"{mark} {name}: {result.passed} of {result.tried} in {result.seconds:.0f} s, "
+            f"{mark} {result.name}: {result.passed} of {result.tried} in {result.seconds:.0f} s, "
             f"{result.detail}"
         )
+    results.sort(key=lambda result: result.name)
     seconds = time.monotonic() - started
     console.print(_table(results))
     text = _write(options.output, results, seed=options.seed, seconds=seconds)
@@ -43,12 +47,24 @@ def main() -> int:
     return 0 if all(result.good for result in results) else 1
 
 
+def _results(options: argparse.Namespace) -> Iterator[rows.Result]:
+    """The rows' results as they come, several rows at a time, the longest ones first."""
+    names = sorted(options.rows or rows.names(), key=lambda name: name not in _LONG)
+    # by fork: what is imported here need not be imported again
+    with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("fork")) as pool:
+        given = {"short": options.short, "seed": options.seed, "trials": options.trials}
+        waiting = [pool.submit(rows.run_row, name, **given) for name in names]
+        for done in as_completed(waiting):
+            yield done.result()
+
+
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m scripts.faults", description=__doc__)
     parser.add_argument("rows", nargs="*", choices=[[], *rows.names()], metavar="ROW")
     parser.add_argument("--short", action="store_true", help="the short form that the tests run")
     parser.add_argument("--trials", type=int, nargs=1, default=(), help="of each row")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--jobs", type=int, default=2, help="rows at a time")
     parser.add_argument("--write-docs", action="store_true", help="into docs/reliability.md")
     parser.add_argument("--output", type=Path, default=Path("runs/faults"), help="without suffix")
     return parser.parse_args()

@@ -21,7 +21,7 @@ from scripts.faults.forked import Outcome, run_forked, run_ranks
 from scripts.faults.tiny import add_callbacks, digest, tiny_run
 
 ROW = "NaN or infinity in the loss or a gradient, on one rank"
-TRIALS = 60
+TRIALS = 20
 SHARE = 2
 STEPS = 6  # of the run: two epochs of three
 

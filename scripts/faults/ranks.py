@@ -29,7 +29,7 @@ from scripts.faults.forked import free_port
 from scripts.faults.tiny import add_callbacks, make_images, tiny_config
 
 ROW = "one of two ranks is killed, stopped, hangs, raises or is cut off"
-TRIALS = 60
+TRIALS = 32
 SHARE = 1
 
 LIMIT = 5.0  # job.rank_timeout_seconds of the trials
