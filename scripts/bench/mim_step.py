@@ -1,0 +1,51 @@
+"""The MIM step: forward, backward and optimizer, on images and token ids that are there."""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+
+from scripts.bench import contenders, flop, steps
+from scripts.bench.processes import Host
+from scripts.bench.results import Entry, Table
+from scripts.bench.settings import Settings
+from scripts.bench.timing import Step, alternate, timed
+
+ROW = "MIM step, bf16, eager"
+
+
+def run(settings: Settings) -> list[Table]:
+    names = list(contenders.mim(settings, settings.shape()))
+    together = alternate(timed(build(settings, names)), rounds=settings.rounds)
+    notes = contenders.original_note(settings)
+    tables = [table(settings, "in one process", together, notes)]
+    if not settings.quick:  # there the row `memory` opens such processes
+        apart = _apart(settings, names)
+        tables.append(table(settings, "each in a process of its own", apart, notes))
+    return tables
+
+
+def build(settings: Settings, names: Sequence[str]) -> dict[str, Step]:
+    shape = settings.shape()
+    builders, batch = contenders.mim(settings, shape), steps.mim_batch(shape)
+    return {name: steps.training(builders[name](), *batch) for name in names}
+
+
+def table(
+    settings: Settings, how: str, seconds: dict[str, list[float]], notes: Sequence[str]
+) -> Table:
+    """Of contenders' steps on `steps.mim_batch`."""
+    shape = settings.shape()
+    count = flop.mim_step(shape, steps.masking(shape).target)
+    entries = [Entry(name, values, shape.batch_size, count) for name, values in seconds.items()]
+    title = f"{shape}, {how}"
+    return Table(title, entries, work="images", precision="bf16", notes=notes)
+
+
+def _apart(settings: Settings, names: list[str]) -> dict[str, list[float]]:
+    """As users run them: ours lets the process keep the memory that was freed."""
+    hosts = [
+        (name, Host("mim_step", [name], settings, keep_freed=name == "ours")) for name in names
+    ]
+    with ExitStack() as stack:
+        opened = {name: stack.enter_context(host) for name, host in hosts}
+        calls = {name: lambda h=host, n=name: h.seconds(n) for name, host in opened.items()}
+        return alternate(calls, rounds=settings.rounds)
