@@ -9,7 +9,7 @@ from scripts.faults.forked import run_many
 from scripts.faults.tiny import micro_batches
 
 ROW = "SIGKILL at every micro-batch"
-TRIALS = 264  # of 330
+TRIALS = 264  # of 357
 SHARE = 2
 
 _ACCUMULATED = {"per_device": 4}  # three micro-batches a step
@@ -41,6 +41,12 @@ SETTINGS: dict[str, Settings] = {
         "precision": "bf16-mixed",
         "save_every": 2,
         "words": ["model.drop_rate=0.1", "model.attention_drop_rate=0.1"],
+    },
+    # the third epoch reads the tokens that the first one wrote, and a killed one both
+    "1 worker, token cache": {
+        "epochs": 3,
+        "workers": 1,
+        "words": ["views_per_image=2", "token_cache=${paths.output_dir}/tokens"],
     },
     # one kill at each micro-batch
     "classification, mixup": {
