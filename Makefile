@@ -12,7 +12,7 @@ STAMP := $(VENV)/.installed
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: $(STAMP) ## tokenizer, pretraining, fine-tuning and from scratch on handwritten digits (8 minutes on 2 cores)
+demo: $(STAMP) ## tokenizer, pretraining, fine-tuning and from scratch on handwritten digits (4 minutes on 2 cores)
 	$(BIN)/python scripts/demo.py
 
 install: $(STAMP) ## make .venv with beit and all that the demo needs
@@ -20,7 +20,7 @@ install: $(STAMP) ## make .venv with beit and all that the demo needs
 test: $(STAMP)-dev ## the tests (ARGS="-k name" passes arguments to pytest)
 	$(BIN)/python -m pytest $(ARGS)
 
-faults: $(STAMP)-dev ## kill, starve, damage and attack runs (20 minutes; ARGS="kills" for one row)
+faults: $(STAMP)-dev ## kill, starve, damage and attack runs (15 minutes; ARGS="kills" for one row)
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m scripts.faults --write-docs $(ARGS)
 
 bench: $(STAMP)-dev ## time ours beside its peers (20 minutes; ARGS="masks views" for some rows); writes docs/performance.md
