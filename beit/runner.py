@@ -204,6 +204,8 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
     `cfg.init_from` names the checkpoint. Nothing is written.
     """
     world_size = _settle(cfg)
+    if cfg.get("token_cache"):
+        cfg.token_cache = None  # the same tokens, and nothing is written
     quiet_lightning()
     L.seed_everything(cfg.seed, workers=False, verbose=False)
     checkpoint = any_checkpoint(cfg.init_from, tell="nothing", config=False)

@@ -2,6 +2,7 @@
 
 import csv
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -70,6 +71,10 @@ def test_losses_are_the_same_with_a_cache(
     beit.train(*here, "name=again")
     assert losses(tmp_path / "again") == losses(plain)
     assert asked == []
+    shutil.rmtree(tmp_path / "tokens")
+    found = beit.evaluate(tmp_path / "again" / "checkpoints" / "last.safetensors")
+    assert f"{found['val/loss']:.3f}" == f"{float(losses(plain)[-1][1]):.3f}"
+    assert not (tmp_path / "tokens").exists()  # an evaluation writes nothing
 
 
 def test_tokenize_fills_the_cache_ahead(

@@ -1,5 +1,6 @@
 """Images, masks and visual tokens for masked image modelling."""
 
+import functools
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -74,24 +75,18 @@ class PretrainingData(ImageData):
         self.views = views
         mean, std = checked_normalisation(mean, std)
         self.mean, self.std = torch.tensor(mean), torch.tensor(std)
-        self._tokenizer_hash = fingerprint.of_module(self.tokenizer)
         self.caches: dict[str, TokenCache] = {}  # by role
         samples = {}
         for role, source, count in (("train", train, views_per_image), ("val", val, 1)):
             if token_cache is not None and source is not None:
+                assert count is not None
                 self.caches[role] = TokenCache(
                     Path(token_cache) / role,
                     images=len(source),
-                    views=count or 1,
+                    views=count,
                     grid=masking.grid,
                     vocab_size=tokenizer.vocab_size,
-                    made_of={
-                        "data": fingerprint.of_source(source)["sha256"],
-                        "drawn_by": repr(views),
-                        "seed": loader.seed,
-                        "tokenizer": self._tokenizer_hash,
-                        "tokenizer_precision": tokenizer_precision,
-                    },
+                    made_of=self._made_of(source, loader.seed),
                 )
             cache = self.caches.get(role)
             samples[role] = TwoViewSample(views, masking, views_per_image=count, cache=cache)
@@ -108,6 +103,21 @@ class PretrainingData(ImageData):
             ),
             warned_of=_size_warning(tokenizer, views.token_image_size),
         )
+
+    def _made_of(self, source: ImageSource, seed: int) -> dict[str, Any]:
+        """All that the tokens of a source's views are a function of, for their cache to compare."""
+        return {
+            "data": fingerprint.of_source(source)["sha256"],
+            "drawn_by": repr(self.views),
+            "seed": seed,
+            "tokenizer": self._tokenizer_hash,
+            "tokenizer_precision": self.tokenizer_precision,
+        }
+
+    @functools.cached_property
+    def _tokenizer_hash(self) -> str:
+        """Worked out when it is first asked for: an evaluation has no use for it."""
+        return fingerprint.of_module(self.tokenizer)
 
     def check(self, *, world_size: int, accumulate: int, stage: str = "fit") -> None:
         """As of every data module; and UserError for a cache that holds other tokens."""
