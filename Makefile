@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo install test faults bench parity conversion mutations check lint types clean
+.PHONY: help demo install test faults bench parity conversion recipes mutations check lint types clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -31,6 +31,9 @@ parity: $(STAMP)-dev ## measure against timm, transformers, dall-e and Pillow; w
 
 conversion: $(STAMP)-dev ## weights to every layout and back, by each library's loader; writes docs/conversion.md
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/interop --write-docs $(ARGS)
+
+recipes: $(STAMP)-dev ## the table of all hyper-parameters, from the configs; writes docs/recipes.md
+	$(BIN)/python -m scripts.recipes
 
 mutations: $(STAMP)-dev ## break the program on purpose, one fault at a time: some test must notice
 	OMP_NUM_THREADS=1 $(BIN)/python -m scripts.mutations $(ARGS)

@@ -9,19 +9,27 @@ from collections.abc import Iterable
 from typing import Any
 
 from beit.errors import UserError
+from beit.memory import free_memory
 from beit.nearest import did_you_mean
 
 # nodes without a `_target_`, and the keys in them that tasks read
 GROUPS = {
     "data": ("train", "val", "num_classes", "name", "repo"),
+    "labelled": ("train", "val", "num_classes"),
     "normalize": ("mean", "std"),
     "views": ("train", "eval"),
+    "head": ("main", "auxiliary"),
 }
 OBJECTS = (
     *("task", "datamodule", "trainer", "job", "loader"),
-    *("model", "tokenizer", "masking", "optim"),
+    *("model", "tokenizer", "masking", "pyramid", "inference", "optim"),
 )
-OBJECTS_BELOW = {"data": ("train", "val"), "views": ("train", "eval")}
+OBJECTS_BELOW = {
+    "data": ("train", "val"),
+    "labelled": ("train", "val"),
+    "views": ("train", "eval"),
+    "head": ("main",),
+}
 COLLECTIONS = ("callbacks", "logger")  # objects under names of the user's choice
 
 LEAST = {
@@ -125,6 +133,18 @@ def _check_limit(name: str, value: float | None, *, least: int) -> None:
 def check_seed(seed: int) -> None:
     if not 0 <= seed <= LARGEST_SEED:
         raise UserError(f"seed={seed}: expected a whole number from 0 to {LARGEST_SEED}")
+
+
+def check_positions(model: dict[str, Any], num_tokens: int) -> None:
+    """Raises UserError for images so large that a network for them cannot even be built."""
+    needed = 8 * num_tokens**2  # which entry of the bias table belongs to which pair of tokens
+    free = free_memory() if needed > 2**30 else None
+    if model.get("relative_position", "none") != "none" and free is not None and needed > free:
+        raise UserError(
+            f"model.image_size={model['image_size']}: the relative positions of {num_tokens:,} "
+            f"tokens take {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB of memory are free: "
+            "choose a smaller image_size (segmentation sees larger images in windows)"
+        )
 
 
 def check_channels(channels: int) -> None:

@@ -11,6 +11,7 @@ from beit.errors import UserError
 from beit.job import exits
 from beit.words import (
     asks_help,
+    flag,
     is_sweep,
     lines_of,
     new_file,
@@ -21,6 +22,7 @@ from beit.words import (
     split_all,
     split_flags,
     whole_number,
+    whole_numbers,
 )
 
 _HELP = f"""beit {__version__}: BERT pre-training of image Transformers
@@ -32,11 +34,16 @@ usage: beit VERB [KEY=VALUE ...]
                beit train task=classification model=base data=folder paths.data_dir=photos \\
                  batch.global_size=1024 batch.per_device=64 trainer.max_epochs=100
                beit train experiment=demo/finetune seed=0,1,2 -m          (a sweep)
+  doctor     examine a run before it: batch and rate, data, memory, time, disk, precision
+               beit doctor experiment=demo/pretrain [steps=10]
   tokenize   fill the token cache of a pretraining ahead of it
                beit tokenize experiment=demo/pretrain views_per_image=4 token_cache=runs/tokens
   evaluate   validate the weights of a checkpoint
                beit evaluate checkpoint=runs/x/checkpoints/last.safetensors [KEY=VALUE ...]
-  predict    classify image files or a folder, as JSON lines
+             or what its frozen backbone knows: linear probe, k-NN, health
+               beit evaluate checkpoint=runs/x/checkpoints/last.safetensors \\
+                 evaluation=linear_probe data=folder paths.data_dir=labelled output=runs/x/probe
+  predict    classify image files or a folder, as JSON lines; or segment them, into a folder
                beit predict checkpoint=runs/x/checkpoints/last.safetensors images=photos top_k=5
   convert    weights from and to the official release (unilm), timm and Hugging Face
                beit convert source=beit_base_patch16_224_pt22k.pth to=huggingface output=beit-base
@@ -135,7 +142,7 @@ def _train(arguments: list[str]) -> int:
             folder = Path(member.runtime.output_dir)
             return members.run(folder, member.job.num, list(member.overrides.task))
         sys.argv = typed  # Lightning starts the other ranks with these words
-        codes.append(_run(cfg))
+        codes.append(_run(cfg, list(HydraConfig.get().overrides.task)))
         return None
 
     # let Hydra raise what it would otherwise print and turn into exit code 1
@@ -155,14 +162,14 @@ def _train(arguments: list[str]) -> int:
     return members.code()
 
 
-def _run(cfg: Any) -> int:
+def _run(cfg: Any, words: list[str]) -> int:
     """One run, which may be the member of a sweep. Returns the exit code."""
     from beit import run_folder, runner, sweep
     from beit.explain import explained
 
     try:
         with explained([]):
-            metrics = runner.fit(cfg)
+            metrics = runner.fit(cfg, words)
     except UserError as error:
         return _refuse(error)
     except exits.RunEnd as end:
@@ -170,6 +177,21 @@ def _run(cfg: Any) -> int:
     if run_folder.is_first_process():
         sweep.write_result(metrics)
     return int(exits.Exit.DONE)
+
+
+def doctor(arguments: list[str]) -> int:
+    """Print what is found of the run that these words would begin; 1 where it could not be."""
+    usage = "[steps=N] [KEY=VALUE of beit train ...]; steps=N times so many micro-batches"
+    if _helped(arguments, "doctor", usage):
+        return 0
+    own, overrides = split(arguments, ("steps",))
+    steps = whole_number(own, "steps") if "steps" in own else 0
+    from beit import doctor
+    from beit.preflight import findings
+
+    found = doctor.examine(overrides, steps=steps)
+    findings.print_findings(found)
+    return int(findings.failed(found))
 
 
 def tokenize(arguments: list[str]) -> int:
@@ -188,39 +210,57 @@ def tokenize(arguments: list[str]) -> int:
 
 
 def evaluate(arguments: list[str]) -> int:
-    """Print the validation metrics of a checkpoint as one JSON line."""
+    """Print metrics of a checkpoint as one JSON line; classes, or layers, as a table."""
     import json
 
     from beit.console import log_to_console
 
-    if _helped(arguments, "evaluate", "checkpoint=PATH [KEY=VALUE of the run's config ...]"):
+    if asks_help(arguments):
+        from beit.explain import evaluate_help
+
+        print(evaluate_help())
         return 0
-    own, overrides = split(arguments, ("checkpoint",))
+    own, overrides = split(arguments, ("checkpoint", "output", "overwrite"))
     log_to_console()
     from beit import face
 
-    print(json.dumps(face.evaluate(required(own, "checkpoint"), *overrides)))
+    options: dict[str, Any] = {"output": own.get("output"), "overwrite": flag(own, "overwrite")}
+    metrics = face.evaluate(required(own, "checkpoint"), *overrides, **options)
+    print(json.dumps(metrics))
+    if rows := metrics.get("per_class") or metrics.get("rows"):
+        from beit.console import print_table
+
+        print_table(rows)
     return 0
 
 
 def predict(arguments: list[str]) -> int:
-    """Print, or write to output=FILE, one JSON line per image."""
+    """Print one JSON line per image, or write them to output=FILE; pictures to output=FOLDER."""
     import json
 
     from beit.console import log_to_console
 
-    usage = "checkpoint=PATH images=FILE_OR_FOLDER [top_k=5] [batch_size=32] [output=FILE]"
+    usage = (
+        "checkpoint=PATH images=FILE_OR_FOLDER [top_k=5] [batch_size=32] [output=FILE], or of a "
+        "segmentation output=FOLDER [overwrite=true]"
+    )
     if _helped(arguments, "predict", usage):
         return 0
-    keys = ("checkpoint", "images", "top_k", "batch_size", "output")
+    keys = ("checkpoint", "images", "top_k", "batch_size", "output", "overwrite")
     own = split_all(arguments, keys, "predict", usage)
     log_to_console()
     checkpoint, images = required(own, "checkpoint"), required(own, "images")
-    sizes = {key: whole_number(own, key, n) for key, n in (("top_k", 5), ("batch_size", 32))}
-    output = new_file(own, "output")
-    from beit import face
+    options: dict[str, Any] = {
+        "top_k": whole_number(own, "top_k", 5),
+        "batch_size": whole_number(own, "batch_size", 32),
+        "overwrite": flag(own, "overwrite"),
+    }
+    from beit.predictor import open_predictor
 
-    lines = face.iterate_predictions(checkpoint, images, **sizes)
+    predictor = open_predictor(checkpoint)
+    output = None if predictor.makes_files else new_file(own, "output")
+    folder = own.get("output") if predictor.makes_files else None
+    lines = predictor.predict(images, output=folder, **options)
     with sink(output) as stream:
         for line in lines:
             print(json.dumps(line), file=stream)
@@ -232,12 +272,12 @@ def convert(arguments: list[str]) -> int:
     usage = (
         "source=FILE_OR_FOLDER to=ours|timm|huggingface|unilm output=PATH [allow=NAME,NAME] "
         "[num_heads=N] [image_size=224 or 24x40] [normalize=half|imagenet] [norm_eps=1e-6] "
-        "[classes=FILE]"
+        "[classes=FILE] [taps=3,5,7,11]"
     )
     if _helped(arguments, "convert", usage):
         return 0
     paths = ("source", "to", "output")
-    told = ("allow", "num_heads", "image_size", "normalize", "norm_eps", "classes")
+    told = ("allow", "num_heads", "image_size", "normalize", "norm_eps", "classes", "taps")
     own = split_all(arguments, (*paths, *told), "convert", usage)
     source, to, output = (required(own, key) for key in paths)
     given: dict[str, Any] = {"allow": [name for name in own.get("allow", "").split(",") if name]}
@@ -251,6 +291,8 @@ def convert(arguments: list[str]) -> int:
         given["norm_eps"] = small_number(own, "norm_eps")
     if "classes" in own:
         given["classes"] = lines_of(own, "classes")
+    if "taps" in own:
+        given["taps"] = whole_numbers(own, "taps")
     from rich.console import Console
 
     from beit import face
@@ -269,6 +311,7 @@ def _helped(arguments: list[str], verb: str, usage: str) -> bool:
 
 _VERBS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
+    "doctor": doctor,
     "tokenize": tokenize,
     "evaluate": evaluate,
     "predict": predict,

@@ -20,12 +20,14 @@ from beit.building import instantiate as instantiate
 from beit.errors import UserError
 from beit.security import secrets
 from beit.security.composing import vetted as vetted
-from beit.sizes import patch_grid
+from beit.sizes import height_width, patch_grid
 
 PACKAGE_DIR = Path(__file__).resolve().parent
 
 # built from what stands in the files alone, not from the data or another run's checkpoint
-CHECKED_GROUPS = ("trainer", "job", "model", "optim", "loader", "callbacks", "logger")
+CHECKED_GROUPS = (
+    *("trainer", "job", "model", "pyramid", "inference", "optim", "loader", "callbacks", "logger"),
+)
 
 
 def config_dir() -> Path:
@@ -81,12 +83,48 @@ class TrainConfig:
     model: Any = None
     tokenizer: Any = None
     masking: Any = None
+    pyramid: Any = None
+    head: Any = None
+    inference: Any = None
     views: Any = None
     normalize: Any = None
     mixing: Any = None
     optim: Any = None
+    labelled: Any = None  # data with labels for callbacks=online_probe; never trained on
     callbacks: Any = None
     logger: Any = None
+
+
+@dataclass
+class FeaturesConfig:
+    """Where features lie."""
+
+    memory_gb: float = 4.0
+    folder: str | None = None
+
+
+@dataclass
+class DataPathConfig:
+    """The folder that data configs refer to."""
+
+    data_dir: str = "data"
+
+
+@dataclass
+class EvaluateConfig:
+    """The root of an evaluation of a frozen backbone: a key that is not here is refused."""
+
+    evaluation: Any = MISSING
+    data: Any = MISSING
+    trainer: Any = MISSING
+    view: Any = MISSING
+    loader: Any = MISSING
+    seed: int = 0
+    labels_per_class: Any = "all"  # learn from this many labelled images of each class
+    compare_random: bool = False  # the same of the same network with random weights
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    features: FeaturesConfig = field(default_factory=FeaturesConfig)
+    paths: DataPathConfig = field(default_factory=DataPathConfig)
 
 
 def _checkpoint_config(path: str) -> dict[str, Any]:
@@ -119,11 +157,13 @@ def _checkpoint_value(path: str, key: str) -> int:
 def register() -> None:
     """Make the schema and the resolvers known to Hydra. May be called again."""
     ConfigStore.instance().store(name="train_schema", node=TrainConfig)
+    ConfigStore.instance().store(name="evaluate_schema", node=EvaluateConfig)
     resolvers: dict[str, Callable[..., Any]] = {
         "grid": lambda image, patch: list(patch_grid(image, patch)),
         "token_size": lambda image, patch, stride: [
             side * stride for side in patch_grid(image, patch)
         ],
+        "window_stride": lambda window: [side * 2 // 3 for side in height_width(window)],
         "checkpoint_value": _checkpoint_value,
     }
     for name, function in resolvers.items():
@@ -216,6 +256,18 @@ def _devices(trainer: DictConfig) -> tuple[Any, int]:
     return devices, count * int(trainer.get("num_nodes", 1))
 
 
+def uses_tokenizer(cfg: DictConfig) -> bool:
+    """Whether anything in the config refers to its tokenizer."""
+    content: Any = OmegaConf.to_container(cfg, resolve=False)
+    return "${tokenizer" in str({key: node for key, node in content.items() if key != "tokenizer"})
+
+
+def settle_tokenizer(cfg: DictConfig) -> None:
+    """Leave out a recipe's tokenizer where the target is pixels: its file need not even exist."""
+    if cfg.tokenizer is not None and not uses_tokenizer(cfg):
+        cfg.tokenizer = None
+
+
 def settle_classes(cfg: DictConfig, found: int) -> None:
     """Put the number of classes that the data has in place of `data.num_classes: auto`."""
     if found and OmegaConf.select(cfg, "data.num_classes") == "auto":
@@ -234,11 +286,21 @@ def dotted_keys(node: Any, prefix: str = "") -> Iterator[tuple[str, bool]]:
             yield from dotted_keys(node[key], f"{prefix}{key}.")
 
 
+def check_missing(cfg: DictConfig) -> None:
+    """Raises UserError that names every key without a value."""
+    checks.check_missing([key for key, missing in dotted_keys(cfg) if missing])
+
+
 def check(cfg: DictConfig) -> None:
     """Everything that can be known to be wrong before anything is built."""
     content: Any = OmegaConf.to_container(cfg, resolve=False)
     checks.check_root(content, [entry.name for entry in fields(TrainConfig)])
-    checks.check_missing([key for key, missing in dotted_keys(cfg) if missing])
+    check_missing(cfg)
+    if cfg.tokenizer is None and uses_tokenizer(cfg):
+        raise UserError(
+            "tokenizer has no value: give one, as in tokenizer=trained tokenizer.path=PATH, or say "
+            "target=pixels"
+        )
     checks.check_groups(content)
     check_arguments(content, lambda place: ".".join(map(str, place)))
     for group in CHECKED_GROUPS:
@@ -254,6 +316,8 @@ def check(cfg: DictConfig) -> None:
     for key in ("views_per_image", "token_cache"):
         if cfg[key] is not None and cfg.task_name != "mim":
             raise UserError(f"{key}={cfg[key]} is of task=mim alone, and this is {cfg.task_name}")
+        if cfg[key] is not None and not uses_tokenizer(cfg):
+            raise UserError(f"{key}={cfg[key]} is of target=tokens alone: pixels are not kept")
     checks.check_seed(cfg.seed)
     checks.check_trainer(dict(cfg.trainer))
     if cfg.normalize is not None:
@@ -261,7 +325,8 @@ def check(cfg: DictConfig) -> None:
         checks.check_normalize(normalize)
     _check_limit(cfg)
     if cfg.model is not None:
-        patch_grid(cfg.model.image_size, cfg.model.patch_size)
+        height, width = patch_grid(cfg.model.image_size, cfg.model.patch_size)
+        checks.check_positions(dict(cfg.model), height * width + 1)
         checks.check_channels(cfg.model.get("in_channels", 3))
 
 

@@ -5,7 +5,9 @@ import logging
 import logging.handlers
 import sys
 import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from beit.printable import printable_lines
 from beit.security.secrets import redacted
@@ -30,6 +32,27 @@ def log_to_console() -> None:
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     logger.propagate = False
+
+
+def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Rows of the same columns, on stderr; numbers to four places."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table()
+    for number, name in enumerate(rows[0]):
+        table.add_column(name, justify="right" if number else "left")
+    for row in rows:
+        table.add_row(*(_cell(value) for value in row.values()))
+    Console(stderr=True, highlight=False).print(table)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.1e}" if 0 < abs(value) < 1e-3 else f"{value:.4f}"
+    return f"{value:,}" if isinstance(value, int) else printable_lines(str(value))
 
 
 class LogFile(logging.FileHandler):
@@ -117,6 +140,8 @@ def quiet_lightning() -> None:
     # our sampler finds its place by itself
     warnings.filterwarnings("ignore", message=r".*dataloader is not resumable.*")
     warnings.filterwarnings("ignore", message=r".*ended before the epoch ended.*")
+    # a frozen backbone
+    warnings.filterwarnings("ignore", message=r".*in eval mode at the start of training.*")
     # resuming goes on in the same folder
     warnings.filterwarnings("ignore", message=r".*directory .* exists and is not empty.*")
     # a run without validation images

@@ -14,15 +14,15 @@ from beit.nearest import did_you_mean
 
 
 @contextlib.contextmanager
-def explained(overrides: list[str]) -> Iterator[None]:
+def explained(overrides: list[str], *, config_name: str = "train") -> Iterator[None]:
     """Within it, what Hydra and OmegaConf raise about `overrides` becomes a UserError."""
     try:
         yield
     except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(explain(error, overrides)) from error
+        raise UserError(explain(error, overrides, config_name)) from error
 
 
-def explain(error: Exception, overrides: list[str]) -> str:
+def explain(error: Exception, overrides: list[str], config_name: str = "train") -> str:
     """One line for an error that Hydra or OmegaConf raised while composing `overrides`."""
     own = _own_message(error)
     if own:
@@ -33,7 +33,7 @@ def explain(error: Exception, overrides: list[str]) -> str:
         r"Key '([^']+)' is not in struct", str(error)
     )
     if unknown:
-        return _unknown_key(unknown.group(1), error, overrides)
+        return _unknown_key(unknown.group(1), overrides, config_name)
     keep = []
     for line in str(error).splitlines():
         if line.startswith(("Config search path", "Set the environment variable")):
@@ -68,17 +68,18 @@ def _missing_choice(error: MissingConfigException) -> str:
     return f"{group}={choice} does not exist: {did_you_mean(choice, options)}"
 
 
-def _unknown_key(key: str, error: Exception, overrides: list[str]) -> str:
+def _unknown_key(key: str, overrides: list[str], config_name: str) -> str:
     """The key as the user wrote it, and keys of the config that look like it."""
     rest = [word for word in overrides if not word.lstrip("+~").startswith(key)]
     try:
-        cfg = config.compose([w for w in rest if not w.startswith("-")])
+        rest = [word for word in rest if not word.startswith("-")]
+        cfg = config.compose(rest, config_name=config_name)
         known = [name for name, _ in config.dotted_keys(cfg)]
     except (HydraException, OmegaConfBaseException, UserError):
         known = []
     leaf = key.rpartition(".")[2]
     same = [name for name in known if name.rpartition(".")[2] == leaf][:2]
-    other = f"did you mean {' or '.join(same)}?" if same else "see beit train --help"
+    other = f"did you mean {' or '.join(same)}?" if same else f"see beit {config_name} --help"
     return f"{key} is not a key of this config: {did_you_mean(key, known, otherwise=other)}"
 
 
@@ -88,11 +89,15 @@ def choices(group: str) -> list[str]:
     return sorted(str(p.relative_to(folder).with_suffix("")) for p in folder.rglob("*.yaml"))
 
 
+# folders of configs that are no group of a training run's, or have a list of their own
+_NOT_GROUPS = ("experiment", "sweep", "local", "evaluation")
+
+
 def train_help() -> str:
     """What `beit train --help` prints: the groups with their choices, and the recipes."""
     folder = config.config_dir()
     groups = sorted(path.name for path in folder.iterdir() if path.is_dir())
-    plain = [name for name in groups if name not in ("experiment", "sweep", "local")]
+    plain = [name for name in groups if name not in _NOT_GROUPS]
     lines = ["usage: beit train [GROUP=CHOICE ...] [KEY=VALUE ...] [FLAG ...]", "", "groups:"]
     lines += [f"  {name:12} {', '.join(choices(name))}" for name in plain]
     for group in ("experiment", "sweep"):
@@ -109,6 +114,30 @@ def train_help() -> str:
         "beit train experiment=demo/pretrain --cfg job",
         "beit train experiment=demo/scratch seed=0,1,2 -m",
         "beit train -m sweep=seeds experiment=demo/scratch",
+    ]
+    return "\n".join(lines)
+
+
+def evaluate_help() -> str:
+    """What `beit evaluate --help` prints."""
+    folder = config.config_dir() / "evaluation"
+    lines = [
+        "usage: beit evaluate checkpoint=PATH [KEY=VALUE of the run's config ...]",
+        "       beit evaluate checkpoint=PATH evaluation=CHOICE data=CHOICE [paths.data_dir=DIR]",
+        "                     [output=FOLDER [overwrite=true]] [KEY=VALUE ...]",
+        "",
+        "The first validates the checkpoint as its run did. The second freezes its backbone:",
+        "",
+        *(f"  {name:14} {_headline(folder / name)}" for name in choices("evaluation")),
+        "",
+        "  evaluation.layers=[6,9,12]  layers, counted from 1; all of them without this",
+        "  evaluation.k=[10,20]        and whatever else stands in configs/evaluation",
+        "  labels_per_class=20         learn from so many labelled images of each class",
+        "  compare_random=true         the same of the same network with random weights",
+        "  view.crop_pct=1.0           images are prepared as the checkpoint's, unless told",
+        "  trainer=gpu trainer.precision=32-true batch.per_device=256",
+        "",
+        f"data: {', '.join(choices('data'))}",
     ]
     return "\n".join(lines)
 

@@ -1,17 +1,19 @@
 """The verbs of the command line as Python functions."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from beit import config, runner
+from beit import config, frozen, runner
 from beit.console import log_to_console
+from beit.errors import UserError
 from beit.explain import explained
 from beit.interop import convert as interop
 from beit.interop.weights import ReadReport, Settings
-from beit.predictor import ImageClassifier
+from beit.models.pyramid import checked_taps
+from beit.predictor import open_predictor
 from beit.recorded import from_checkpoint
 from beit.security import targets
 from beit.sizes import height_width
@@ -25,7 +27,7 @@ def train(*overrides: str) -> dict[str, float]:
     log_to_console()
     config.refuse_sweep(list(overrides))
     with targets.trusting(overrides) as words, explained(words):
-        return runner.fit(config.compose(words))
+        return runner.fit(config.compose(words), words)
 
 
 def tokenize(*overrides: str) -> dict[str, int]:
@@ -42,29 +44,49 @@ def tokenize(*overrides: str) -> dict[str, int]:
         return runner.tokenize(config.compose(words))
 
 
-def evaluate(checkpoint: str | Path, *overrides: str) -> dict[str, float]:
-    """Validation metrics of a checkpoint; overrides change the config it carries."""
-    with targets.trusting(overrides) as words, explained(words):
-        return runner.evaluate(from_checkpoint(checkpoint, words))
+def evaluate(
+    checkpoint: str | Path,
+    *overrides: str,
+    output: str | Path | None = None,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Validation metrics of a checkpoint; overrides change the config it carries.
+
+    Where the task measures each class by itself, `per_class` has a row for each.
+
+    With `evaluation=linear_probe`, `knn` or `health` among the overrides its backbone is frozen and
+    looked at through labelled images that the overrides name (`data=folder paths.data_dir=...`):
+    the layer that does best, with what it was chosen on, and `rows` for each. Kept in the folder
+    `output` as JSON, CSV and PNG, where nothing is written over without `overwrite`.
+    """
+    with targets.trusting(overrides) as words:
+        if frozen.asked(words):
+            with explained(words, config_name=frozen.CONFIG):
+                return frozen.evaluate(checkpoint, words, output=output, overwrite=overwrite)
+        if output is not None:
+            raise UserError(f"output={output} is of evaluation=... alone: see beit evaluate --help")
+        with explained(words):
+            return runner.evaluate(from_checkpoint(checkpoint, words))
 
 
 def predict(
-    checkpoint: str | Path, images: str | Path, *, top_k: int = 5, batch_size: int = 32
+    checkpoint: str | Path,
+    images: str | Path,
+    *,
+    top_k: int = 5,
+    batch_size: int = 32,
+    output: str | Path | None = None,
+    overwrite: bool = False,
 ) -> list[dict[str, Any]]:
-    """For each image file (or each in a folder): its path and its `top_k` classes with scores."""
-    return list(iterate_predictions(checkpoint, images, top_k=top_k, batch_size=batch_size))
+    """What a checkpoint makes of an image file, or of each in a folder and below it.
 
-
-def iterate_predictions(
-    checkpoint: str | Path, images: str | Path, *, top_k: int, batch_size: int
-) -> Iterator[dict[str, Any]]:
-    """Like `predict`, one image after the other, for folders of any size.
-
-    A checkpoint or images that are not there are refused here, not at the first record.
+    Of a classifier: the path and the `top_k` classes with scores. Of a segmentation: the path and
+    the area of each class, with pictures in the folder `output`, where nothing is written over
+    without `overwrite`.
     """
-    return ImageClassifier.from_checkpoint(checkpoint).predict(
-        images, top_k=top_k, batch_size=batch_size
-    )
+    options: dict[str, Any] = {"top_k": top_k, "batch_size": batch_size}
+    options |= {"output": output, "overwrite": overwrite}
+    return list(open_predictor(checkpoint).predict(images, **options))
 
 
 def load_model(checkpoint: str | Path) -> nn.Module:
@@ -89,6 +111,7 @@ def convert(
     normalize: str | None = None,
     norm_eps: float | None = None,
     classes: Sequence[str] | None = None,
+    taps: Sequence[int] | None = None,
 ) -> ReadReport:
     """Write the weights of a file or folder in another layout; returns what became of them.
 
@@ -99,6 +122,7 @@ def convert(
         allow: names, or beginnings, of tensors that may be left behind.
         num_heads, image_size, normalize ("half" or "imagenet"), norm_eps, classes: what the file
             does not tell, or other than it tells.
+        taps: the same of segmentation: the four blocks, counted from 0, that the maps are of.
 
     Raises UserError for what is damaged, unknown or incomplete, and for what the other layout has
     no place for; nothing is written then.
@@ -109,6 +133,7 @@ def convert(
         normalize=normalize,
         norm_eps=norm_eps,
         classes=None if classes is None else list(classes),
+        taps=None if taps is None else checked_taps(taps),
         allow=tuple(allow),
     )
     return interop.convert(source, to, output, settings).report

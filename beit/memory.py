@@ -1,9 +1,20 @@
-"""How the process handles the memory of freed tensors on the CPU."""
+"""How much memory is free, and how the process handles that of freed tensors on the CPU."""
 
 import ctypes
 import sys
+from pathlib import Path
 
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8  # of glibc's malloc.h
+
+
+def free_memory() -> int | None:
+    """Bytes that new tensors on the CPU can have; None where the system does not tell."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    kibibytes = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
+    return int(kibibytes[0]) * 2**10 if kibibytes else None
 
 
 def keep_freed_memory() -> bool:

@@ -1,18 +1,65 @@
-"""A trained classifier applied to image files."""
+"""A trained network applied to image files; which one, the checkpoint's task says."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from beit import config, runner
+from beit.checkpoints.models import Checkpoint
 from beit.data.file_sources import find_images, open_image
 from beit.data.images import UnreadableImage
 from beit.errors import UserError
 from beit.interop.convert import any_checkpoint
 from beit.security import targets
+
+
+class Predictor(Protocol):
+    """One record, of plain data, for each image file."""
+
+    makes_files: bool  # into a folder; else the records are all
+
+    def predict(
+        self,
+        images: str | Path,
+        *,
+        top_k: int,
+        batch_size: int,
+        output: str | Path | None,
+        overwrite: bool,
+    ) -> Iterator[dict[str, Any]]:
+        """Raises UserError, at once and not with the first record, where it cannot begin."""
+        ...
+
+
+def open_predictor(path: str | Path) -> Predictor:
+    """What the checkpoint's task makes of images; UserError for a task that predicts none."""
+    from beit.segmenter import ImageSegmenter  # which builds on this module
+
+    checkpoint = any_checkpoint(path, tell="nothing")
+    predictors: dict[str, Callable[[str | Path], Predictor]] = {
+        "classification": ImageClassifier.from_checkpoint,
+        "linear_probe": ImageClassifier.from_checkpoint,
+        "segmentation": ImageSegmenter.from_checkpoint,
+    }
+    task = checkpoint.config.get("task_name")
+    if task not in predictors:
+        raise UserError(
+            f"{path} is a checkpoint of task {task}, which has no classes to predict: give one of "
+            f"task {' or '.join(predictors)}"
+        )
+    return predictors[task](path)
+
+
+def transform_of(checkpoint: Checkpoint) -> Any:
+    """The transform that the run evaluated with. Raises UserError where the config has none."""
+    node = (checkpoint.config.get("views") or {}).get("eval")
+    if node is None:
+        raise UserError(f"{checkpoint.path}: its config has no views.eval to prepare images by")
+    targets.check_only(node, targets.TRANSFORMS, "transform")
+    return config.instantiate(node)
 
 
 class ImageClassifier:
@@ -24,6 +71,8 @@ class ImageClassifier:
         classes: K names, or None for numbers.
     """
 
+    makes_files = False
+
     def __init__(self, model: nn.Module, transform: Any, classes: list[str] | None) -> None:
         self.model = model.eval()
         self.transform = transform
@@ -31,26 +80,27 @@ class ImageClassifier:
 
     @classmethod
     def from_checkpoint(cls, path: str | Path) -> "ImageClassifier":
-        """Rebuild the classifier of a fine-tuning run; UserError for any other checkpoint."""
+        """Rebuild the classifier of a fine-tuning run."""
         checkpoint = any_checkpoint(path, tell="nothing")
-        views = checkpoint.config.get("views") or {}
-        if "eval" not in views:
-            raise UserError(
-                f"{path} is a checkpoint of task {checkpoint.config.get('task_name')}, which has "
-                "no classes to predict: give one of task classification"
-            )
-        targets.check_only(views["eval"], targets.TRANSFORMS, "transform")
-        transform = config.instantiate(views["eval"])
+        transform = transform_of(checkpoint)
         return cls(runner.load_model(path), transform, checkpoint.classes)
 
     def predict(
-        self, images: str | Path, *, top_k: int, batch_size: int
+        self,
+        images: str | Path,
+        *,
+        top_k: int,
+        batch_size: int,
+        output: str | Path | None = None,
+        overwrite: bool = False,
     ) -> Iterator[dict[str, Any]]:
         """One record per image: `path`, and `top` of {class, index, score}, the best first.
 
         An image that cannot be read yields `path` and `error`. Raises UserError, at once and not
         with the first record, where there are no images.
         """
+        if output is not None:
+            raise UserError(f"output={output}: a classifier makes no files, its records are all")
         return self._records(find_images(images), top_k, batch_size)
 
     def _records(

@@ -6,7 +6,7 @@ import functools
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from beit.job.ranks import RankWatch
 from beit.job.stopping import Stopping
 from beit.loggers.guarded import GuardedLogger, RewindLoggers
 from beit.memory import keep_freed_memory
+from beit.preflight import quick
 from beit.recorded import composed
 from beit.security import targets
 from beit.tasks.planning import plan
@@ -43,8 +44,10 @@ from beit.tasks.planning import plan
 log = logging.getLogger(__name__)
 
 
-def fit(cfg: DictConfig) -> dict[str, float]:
+def fit(cfg: DictConfig, words: Sequence[str] | None = None) -> dict[str, float]:
     """Train as the config says. Returns the last logged metrics.
+
+    With the `words` that it was composed of, it is compared with the recipe that they name.
 
     Raises UserError, before any training, for what cannot be done.
     """
@@ -52,8 +55,11 @@ def fit(cfg: DictConfig) -> dict[str, float]:
     with RunLog() as run_log, contextlib.ExitStack() as guards:
         if not first:
             only_warnings()
+        config.settle_tokenizer(cfg)
         config.check(cfg)
         world_size = _settle(cfg)
+        if first:
+            quick.warn(cfg, words)
         watch = RankWatch(
             config.instantiate(cfg.job),
             world_size=world_size,
@@ -90,6 +96,9 @@ def fit(cfg: DictConfig) -> dict[str, float]:
             micro_batches=_micro_batches(cfg, data, world_size),
         )
         trainer = build_trainer(cfg, record, watch, goes_on)
+        for callback in trainer.callbacks:
+            if hasattr(callback, "check"):
+                callback.check(task, data)
         if first:  # only now: what is refused leaves nothing behind
             guards.enter_context(run_folder.claimed(folder))
             resume.write_run_id(folder, beginning.run_id)
@@ -114,8 +123,9 @@ def build(
     data = config.instantiate(cfg.datamodule)
     config.settle_classes(cfg, len(getattr(data, "classes", None) or ()))
     data.check(world_size=world_size, accumulate=cfg.trainer.accumulate_grad_batches)
+    data.labelled = config.instantiate(cfg.labelled) if cfg.labelled else None
     task = config.instantiate(cfg.task)
-    task.optim.warmup_length(*_plan(cfg, data, world_size))
+    task.optim.warmup_length(*plan_of(cfg, data, world_size))
     if cfg.init_from and begins:
         if not hasattr(task, "backbone"):
             raise UserError(
@@ -137,7 +147,7 @@ def _settle(cfg: DictConfig) -> int:
     return config.settle_devices(cfg)
 
 
-def _plan(cfg: DictConfig, data: L.LightningDataModule, world_size: int) -> tuple[int, int]:
+def plan_of(cfg: DictConfig, data: L.LightningDataModule, world_size: int) -> tuple[int, int]:
     """Optimizer steps of an epoch and of the run, before there is a trainer."""
     return plan(
         _micro_batches(cfg, data, world_size),
@@ -198,10 +208,11 @@ def build_trainer(
     )
 
 
-def evaluate(cfg: DictConfig) -> dict[str, float]:
+def evaluate(cfg: DictConfig) -> dict[str, Any]:
     """Validate the weights of a checkpoint; `cfg` is that run's config, changed as the user said.
 
-    `cfg.init_from` names the checkpoint. Nothing is written.
+    `cfg.init_from` names the checkpoint. Nothing is written. Of a task that measures each class by
+    itself (it has a `table`) its rows stand under `per_class`.
     """
     world_size = _settle(cfg)
     if cfg.get("token_cache"):
@@ -215,7 +226,8 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
     _load_children(task, checkpoint)
     trainer = config.instantiate(cfg.trainer, logger=False, enable_checkpointing=False)
     metrics = trainer.validate(task, datamodule=data, verbose=False)
-    return {key: float(value) for key, value in metrics[0].items()}
+    found: dict[str, Any] = {key: float(value) for key, value in metrics[0].items()}
+    return found | ({"per_class": task.table(data.classes)} if hasattr(task, "table") else {})
 
 
 def tokenize(cfg: DictConfig) -> dict[str, int]:
@@ -256,12 +268,21 @@ def load_model(path: str | Path) -> torch.nn.Module:
     A whole task (backbone and head) where there is a backbone, else the tokenizer. Files of other
     libraries are read as checkpoints of the task that they are of.
     """
-    checkpoint = any_checkpoint(path)
-    targets.check_only(checkpoint.config.get("task"), targets.NETWORKS, "network")
-    task = config.instantiate(checkpoint.config["task"])
-    _load_children(task, checkpoint)
+    task = network_of(any_checkpoint(path))
     network = task if hasattr(task, "backbone") else task.tokenizer
     return network.eval()
+
+
+def network_of(checkpoint: Checkpoint, *, weights: bool = True) -> Any:
+    """The task of a checkpoint, rebuilt from its config; without `weights` as a run begins it.
+
+    Those are drawn from torch's generator.
+    """
+    targets.check_only(checkpoint.config.get("task"), targets.NETWORKS, "network")
+    task = config.instantiate(checkpoint.config["task"])
+    if weights:
+        _load_children(task, checkpoint)
+    return task
 
 
 def _load_children(task: L.LightningModule, checkpoint: Checkpoint) -> None:

@@ -97,6 +97,20 @@ def whole_number(settings: dict[str, str], key: str, default: int = 0) -> int:
     return int(value)
 
 
+def whole_numbers(settings: dict[str, str], key: str) -> list[int]:
+    parts = settings[key].split(",")
+    if not all(part.isdigit() and len(part) < 10 for part in parts):
+        raise UserError(f"{key}={settings[key]}: expected whole numbers with commas between them")
+    return [int(part) for part in parts]
+
+
+def flag(settings: dict[str, str], key: str) -> bool:
+    value = settings.get(key, "false").lower()
+    if value not in ("true", "false"):
+        raise UserError(f"{key}={settings[key]}: expected true or false")
+    return value == "true"
+
+
 def small_number(settings: dict[str, str], key: str) -> float:
     try:
         value = float(settings[key])

@@ -160,11 +160,7 @@ TRAINING = (
         "mask inverted in the loss",
         "tasks/mim",
         "parity/test_masked_modeling",
-        (
-            "return self(batch.images, batch.mask), batch.token_ids[batch.mask]",
-            "features = self.backbone(batch.images, batch.mask)\n"
-            "        return self.head(features, ~batch.mask), batch.token_ids[~batch.mask]",
-        ),
+        ('return mask if self.predict == "masked"', 'return ~mask if self.predict == "masked"'),
     ),
     _mutation(
         "warm-up off by one step",
@@ -203,7 +199,7 @@ _BOTH_VIEWS = """\
 DATA = (
     _mutation(
         "evaluation resizes bilinearly",
-        "data/views",
+        "data/classification_views",
         "parity/test_views data/test_views",
         (
             "image = image.resize((wide, tall), self._resample)",

@@ -40,6 +40,10 @@ PARAMETERS = {
     (1024, 512, "classification", 1000): 305_674_728,
     (768, 224, "classification", 21841): 102_557_713,
     (1024, 224, "classification", 21841): 325_792_593,
+    (768, 512, "segmentation", 150): 163_080_812,
+    (768, 640, "segmentation", 150): 163_407_980,
+    (1024, 512, "segmentation", 150): 440_398_636,
+    (1024, 640, "segmentation", 150): 441_271_084,
 }
 
 # name of the released file -> first three logits, index of the largest
@@ -94,10 +98,16 @@ def _parameters(weights: Weights) -> Check:
     arch = weights.architecture
     what = weights.kind + (" absolute" if arch.absolute_position else "")
     known = PARAMETERS.get((arch.width, arch.image_size[0], what, weights.num_outputs))
-    count = sum(value.numel() for value in weights.released().values())
+    count = count_parameters(weights)
     if known is None:
         return "parameters", None, f"{count:,}; no released model has these sizes"
     return "parameters", count == known, f"{count:,}, known are {known:,}"
+
+
+def count_parameters(weights: Weights) -> int:
+    """Without the statistics of BatchNorm, which are learned otherwise."""
+    with torch.device("meta"):
+        return sum(value.numel() for part in networks(weights) for value in part.parameters())
 
 
 def _logits(weights: Weights, path: Path, image: Path | None) -> Check:

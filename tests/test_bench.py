@@ -115,6 +115,23 @@ def test_the_contenders_have_the_same_parameters() -> None:
     assert {_parameters(network) for network in classifiers} == {86_530_984}
 
 
+def test_the_segmenters_have_the_same_parameters_and_all_are_trained() -> None:
+    """The released 163,407,980 at 640 px, but for the bias tables of 512 px."""
+    with torch.device("meta"):
+        shape = FULL.shape(image_size=512)
+        networks = [build() for build in contenders.segmentation(shape).values()]
+    tables = 12 * 12 * (6244 - 3972)
+    assert {_parameters(network) for network in networks} == {163_407_980 - tables}
+    shape = Shape(64, 32, 4, 2, batch_size=2)
+    batch = steps.segmentation_batch(shape, contenders.SEGMENTATION_CLASSES)
+    for name, build in contenders.segmentation(shape).items():
+        network = build().train()
+        loss = network(*batch)
+        assert loss.item() == pytest.approx(1.4 * math.log(150), rel=0.05), name
+        loss.backward()
+        assert all(parameter.grad is not None for parameter in network.parameters()), name
+
+
 def test_the_losses_are_of_the_same_patches() -> None:
     shape = QUICK.shape()
     batch = steps.mim_batch(shape)

@@ -96,6 +96,13 @@ def test_resume_and_init_from_exclude_each_other() -> None:
     config.check(cfg)
 
 
+def test_a_size_that_memory_does_not_allow_is_refused_before_anything_is_built() -> None:
+    words = [*DEMO, *SIZES, "model.patch_size=1"]
+    config.check(config.compose([*words, "model.image_size=32"]))
+    with pytest.raises(UserError, match=r"^model.image_size=\[?9999.*99,980,002 tokens take"):
+        config.check(config.compose([*words, "model.image_size=9999"]))
+
+
 def test_the_resolved_config_is_plain_data() -> None:
     settled = config.plain(config.compose([*DEMO, *SIZES]))
     assert settled["task"]["backbone"]["width"] == settled["model"]["width"] == 192

@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from beit import cli, config
 
@@ -37,8 +38,19 @@ def test_training_commands_compose(words: list[str]) -> None:
     if "--config-dir" in words:
         pytest.skip("a folder of the reader's")
     cfg = config.compose(overrides)
-    assert cfg.task_name in ("tokenizer", "mim", "classification")
+    assert cfg.task_name in ("tokenizer", "mim", "classification", "segmentation")
     config.check(cfg)
+
+
+@pytest.mark.parametrize(
+    "words", [w for w in commands("beit evaluate") if "evaluation=" in " ".join(w)], ids=" ".join
+)
+def test_evaluations_compose(words: list[str]) -> None:
+    rest = [word for word in words[2:] if not word.startswith(("checkpoint=", "output="))]
+    cfg = config.compose(rest, config_name="evaluate")
+    node = OmegaConf.to_container(cfg.evaluation, resolve=True)
+    assert isinstance(node, dict)
+    config.instantiate({**node, "masking": None} if "masking" in node else node)
 
 
 @pytest.mark.parametrize("verb", ["evaluate", "predict"])
@@ -70,7 +82,8 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 def test_tables_name_every_choice() -> None:
     text = (ROOT / "README.md").read_text()
-    for group in ("task", "model", "masking", "trainer", "logger", "tokenizer", "data"):
+    groups = ("task", "model", "masking", "trainer", "logger", "tokenizer", "data")
+    for group in (*groups, "pyramid", "head", "inference"):
         for path in (config.config_dir() / group).glob("*.yaml"):
             if path.stem not in ("default",):
                 assert f"`{path.stem}`" in text, f"{group}={path.stem}"

@@ -60,7 +60,7 @@ def test_recipe_composes_and_builds(recipe: str, tmp_path: Path) -> None:
     with torch.device("meta"):
         task = config.instantiate(cfg.task)
     assert sum(p.numel() for p in task.parameters()) > 10_000
-    for node in ("optim", "views", "masking", "mixing", "loader"):
+    for node in ("optim", "views", "masking", "mixing", "loader", "pyramid", "inference"):
         _build_all(settled[node])
     for node in [settled["datamodule"], *settled["data"].values()]:
         _accepts(node)
@@ -121,7 +121,9 @@ TABLE_12 = {  # BEiT, table 12: lr, min_lr, weight decay, betas, eps, warm-up, b
 }
 
 
-@pytest.mark.parametrize("recipe", [r for r in RECIPES if r.startswith("pretrain/")])
+@pytest.mark.parametrize(
+    "recipe", [r for r in RECIPES if r.startswith("pretrain/") and "22k" not in r]
+)
 def test_pretraining_recipes_follow_the_papers_table(recipe: str, tmp_path: Path) -> None:
     cfg = compose(recipe, tmp_path)
     assert all(cfg.optim[key] == value for key, value in TABLE_12.items())
@@ -137,12 +139,99 @@ def test_pretraining_recipes_follow_the_papers_table(recipe: str, tmp_path: Path
     assert list(cfg.views.token_image_size) == [112, 112]
 
 
+# microsoft/unilm, beit/README, and BEiT, table 13: batch, lr, epochs, warm-up, layer decay, drop
+# path, weight decay, mixing, draws of an image, erasing
+FINE_TUNING = {
+    "finetune/base_pt22k": (1024, 4e-3, 100, 20, 0.65, 0.1, 0.05, True, 1, 0.25),
+    "finetune/large_pt22k": (1024, 1e-3, 50, 5, 0.75, 0.2, 0.05, True, 1, 0.25),
+    "finetune/base_pt22k_ft22k": (512, 2e-5, 30, 5, 0.85, 0.1, 1e-8, False, 1, 0.25),
+    "finetune/large_pt22k_ft22k": (512, 2e-5, 30, 5, 0.9, 0.4, 1e-8, False, 1, 0.25),
+    "finetune/base_pt1k": (1024, 4e-3, 100, 20, 0.65, 0.1, 0.05, True, 3, 0.25),
+    "finetune/large_pt1k": (1024, 4e-3, 50, 5, 0.75, 0.1, 0.05, True, 1, 0.25),
+    "intermediate/base_22k": (4096, 3e-3, 90, 5, 0.65, 0.2, 0.05, False, 1, 0.25),
+    "intermediate/large_22k": (2048, 2e-3, 90, 5, 0.75, 0.2, 0.05, False, 1, 0.25),
+    "cifar100/base_pt1k": (512, 4e-3, 150, 20, 0.65, 0.1, 0.3, True, 3, 0.0),
+    "cifar100/base_pt1k_ft1k": (512, 4e-3, 150, 20, 0.65, 0.1, 0.3, True, 3, 0.0),
+}
+SIZES = [f"_{side}" for side in (384, 512)]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "side"),
+    [(name, 224) for name in FINE_TUNING]
+    + [
+        (name + size, int(size[1:]))
+        for name in FINE_TUNING
+        for size in SIZES
+        if name.startswith("finetune/") and "pt22k" in name
+    ],
+)
+def test_fine_tuning_recipes_follow_their_tables(recipe: str, side: int, tmp_path: Path) -> None:
+    cfg = compose(recipe, tmp_path)
+    cfg_optim, repeats = cfg.optim, cfg.loader.repeats
+    numbers = FINE_TUNING[recipe.removesuffix(f"_{side}")]
+    assert numbers == (
+        cfg.batch.global_size,
+        cfg_optim.lr,
+        cfg.trainer.max_epochs,
+        cfg_optim.warmup_epochs,
+        cfg_optim.layer_decay,
+        cfg.model.drop_path_rate,
+        cfg_optim.weight_decay,
+        "_target_" in cfg.mixing,
+        repeats,
+        cfg.views.train.random_erasing,
+    )
+    assert (cfg_optim.min_lr, cfg.task.label_smoothing) == (1e-6, 0.1)
+    assert cfg.trainer.gradient_clip_val is None
+    assert cfg.model.image_size == cfg.views.train.image_size == side
+    assert cfg.views.train.auto_augment == "rand-m9-mstd0.5-inc1"
+    half = "22k" in recipe
+    assert list(cfg.views.eval.mean) == ([0.5] * 3 if half else [0.485, 0.456, 0.406])
+
+
+@pytest.mark.parametrize("recipe", [r for r in RECIPES if r.startswith("linear_probe/")])
+def test_linear_probes_follow_the_released_script(recipe: str, tmp_path: Path) -> None:
+    cfg = compose(recipe, tmp_path)
+    optim = cfg.optim
+    assert (optim.lr, optim.min_lr, optim.weight_decay) == (4e-3, 0.0, 1e-4)
+    assert (optim.warmup_epochs, optim.warmup_steps, optim.layer_decay) == (0, 0, 1.0)
+    assert (cfg.batch.global_size, cfg.trainer.max_epochs) == (8 * 128, 100)
+    train = cfg.views.train
+    assert (train.auto_augment, train.color_jitter, train.random_erasing) == (None, 0.0, 0.0)
+    assert cfg.model.relative_position == ("none" if "pt1k" in recipe else "shared")
+
+
+@pytest.mark.parametrize("recipe", [r for r in RECIPES if r.endswith(("_384", "_512"))])
+def test_a_larger_size_starts_from_a_network_that_fits(recipe: str, tmp_path: Path) -> None:
+    cfg, start = compose(recipe, tmp_path), compose(recipe.rpartition("_")[0], tmp_path)
+    larger, smaller = dict(cfg.model), dict(start.model)
+    assert larger.pop("image_size") > smaller.pop("image_size")
+    assert larger == smaller
+
+
+def test_pretraining_on_22k_follows_the_readme(tmp_path: Path) -> None:
+    cfg = compose("pretrain/base_22k", tmp_path)
+    assert (cfg.optim.lr, cfg.optim.min_lr, cfg.batch.global_size) == (1.5e-3, 1e-5, 2048)
+    assert (cfg.optim.warmup_steps, cfg.optim.warmup_epochs) == (10_000, 0)
+    assert (cfg.trainer.max_epochs, cfg.trainer.gradient_clip_val) == (150, 3.0)
+    assert list(cfg.datamodule.mean) == list(cfg.datamodule.std) == [0.5] * 3
+
+
 PARAMETERS = {  # own arithmetic; the first is printed in the log of microsoft/unilm issue 383
     "pretrain/base_300ep": 91_965_776,
     "pretrain/base_300ep_plain": 92_089_856,
     "pretrain/large_800ep": 311_534_016,
     "finetune/base_pt22k": 86_530_984,
     "finetune/large_pt22k": 304_430_568,
+    "finetune/base_pt22k_ft22k_384": 86_744_104,
+    "finetune/large_pt22k_384": 304_998_888,
+    "finetune/base_pt22k_512": 86_997_544,
+    "finetune/large_pt22k_ft22k_512": 305_674_728,
+    "intermediate/base_22k": 102_557_713,
+    "intermediate/large_22k": 325_792_593,
+    "segmentation/base_640_pt2ft": 163_407_980,
+    "segmentation/large_640_pt2ft": 441_271_084,
 }
 
 
@@ -151,9 +240,50 @@ def test_recipes_have_the_published_number_of_parameters(
     recipe: str, expected: int, tmp_path: Path
 ) -> None:
     cfg = compose(recipe, tmp_path)
+    config.settle_classes(cfg, 150)  # of the segmentations
     with torch.device("meta"):
         task = config.instantiate(cfg.task)
     assert sum(p.numel() for p in task.parameters()) == expected
+
+
+ADE20K = {  # microsoft/unilm's configs: lr, layer decay, drop path, window, stride
+    "base_512_pt": (7e-4, 0.65, 0.1, 512, 341),
+    "base_512_pt2ft": (3e-5, 0.9, 0.1, 512, 341),
+    "base_640_pt2ft": (3e-5, 0.9, 0.1, 640, 426),
+    "large_512_pt2ft": (2e-5, 0.95, 0.2, 512, 341),
+    "large_640_pt2ft": (2e-5, 0.95, 0.2, 640, 426),
+    "v2_base_512_pt1k": (5e-5, 0.75, 0.15, 512, 341),
+    "v2_base_512_pt21k": (5e-5, 0.85, 0.15, 512, 341),
+    "v2_large_512_pt1k": (4e-5, 0.9, 0.2, 512, 341),
+    "v2_large_512_pt21k": (3e-5, 0.9, 0.2, 512, 341),
+    "setr_pup_base": (1e-3, 0.65, 0.1, 512, 341),
+}
+
+
+def test_every_segmentation_recipe_is_checked() -> None:
+    assert {f"segmentation/{name}" for name in ADE20K} == {
+        recipe for recipe in RECIPES if recipe.startswith("segmentation/")
+    }
+
+
+@pytest.mark.parametrize(("name", "expected"), ADE20K.items())
+def test_segmentation_recipes_follow_the_released_configs(
+    name: str, expected: tuple[float, float, float, int, int], tmp_path: Path
+) -> None:
+    cfg = compose(f"segmentation/{name}", tmp_path)
+    lr, layer_decay, drop_path_rate, window, stride = expected
+    assert (cfg.optim.lr, cfg.optim.layer_decay) == (lr, layer_decay)
+    assert (cfg.optim.schedule, cfg.optim.warmup_steps, cfg.optim.min_lr) == ("linear", 1500, 0.0)
+    assert (cfg.optim.weight_decay, cfg.batch.global_size) == (0.05, 16)
+    assert (cfg.trainer.max_steps, cfg.trainer.sync_batchnorm) == (160_000, True)
+    assert (cfg.model.image_size, cfg.model.drop_path_rate) == (window, drop_path_rate)
+    assert list(cfg.inference.stride) == [stride, stride]
+    assert cfg.views.train.short_side == cfg.views.eval.short_side == window
+    assert list(cfg.normalize.mean) == [0.485, 0.456, 0.406]
+    assert cfg.task.auxiliary_weight == 0.4
+    last = 23 if "large" in name else 11
+    assert list(cfg.pyramid.taps) == ([7, 11, 15, 23] if last == 23 else [3, 5, 7, 11])
+    assert cfg.trainer.gradient_clip_val is None
 
 
 def test_every_model_size_is_a_class_of_ours() -> None:

@@ -39,7 +39,9 @@ class Curves(L.Callback):
 def collect(
     rows: list[dict[str, str]],
 ) -> dict[str, dict[str, tuple[list[float], list[float]]]]:
-    """Metric -> {"train" | "val": (steps, values)}, steps ascending, the later of two rows kept.
+    """Metric -> {"train" | "val" | "probe": (steps, values)}, steps ascending.
+
+    Of two rows for the same step the later is kept.
 
     The mean over an epoch (`_epoch`) is left out where there is one value for each step too.
     """
@@ -47,7 +49,7 @@ def collect(
     for row in rows:
         for name, text in row.items():
             stage, _, metric = name.partition("/")
-            if stage not in ("train", "val") or not text or metric.endswith("_epoch"):
+            if stage not in ("train", "val", "probe") or not text or metric.endswith("_epoch"):
                 continue
             value = float(text)
             if math.isfinite(value):

@@ -10,10 +10,12 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 
-from beit.callbacks.figures import picture_grid, save_figure
-from beit.data.batches import MIMBatch, PixelBatch
+from beit.callbacks.figures import Legend, picture_grid, save_figure
+from beit.callbacks.figures import Pictures as Pixels
+from beit.data.batches import MaskedBatch, MIMBatch, PixelBatch
 from beit.errors import UserError
 from beit.loggers.guard import Guard
 from beit.loggers.guarded import GuardedLogger, log_picture
@@ -63,9 +65,13 @@ class Pictures(L.Callback):
         self._warned = False
         self._guard = Guard("drawing", lost=f"pictures of {self.name}")
 
-    def columns(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Tensor]:
-        """Column title -> images (B, 3, H, W) in [0, 1] of the sample that `self._sample` holds."""
+    def columns(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Pixels]:
+        """Column title -> images in [0, 1] of the sample that `self._sample` holds."""
         raise NotImplementedError
+
+    def legend(self, trainer: L.Trainer) -> Legend:
+        """What colours of the latest columns mean."""
+        return ()
 
     def on_validation_batch_start(
         self,
@@ -105,8 +111,7 @@ class Pictures(L.Callback):
 
     def _keep(self, trainer: L.Trainer, batch: Any) -> None:
         if trainer.is_global_zero:
-            count = self.num_images
-            self._sample = type(batch)(*(part[:count].detach().cpu().clone() for part in batch))
+            self._sample = type(batch)(*(_kept(part[: self.num_images]) for part in batch))
 
     def _draw(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         # with accumulation several batches end at the same step
@@ -119,15 +124,10 @@ class Pictures(L.Callback):
         title = f"epoch {trainer.current_epoch + 1}, step {step}"
         self._guard(self._publish, trainer, columns, title)
 
-    def _publish(self, trainer: L.Trainer, columns: dict[str, Tensor], title: str) -> None:
-        step = trainer.global_step
-        figure = picture_grid({k: v.float().cpu() for k, v in columns.items()}, title=title)
-        pixels = save_figure(figure, self.folder / f"{self.name}-step{step:07d}.png")
-        for logger in trainer.loggers:
-            if isinstance(logger, GuardedLogger):
-                logger.log_picture(self.name, pixels, step)
-            else:
-                log_picture(logger, self.name, pixels, step)
+    def _publish(self, trainer: L.Trainer, columns: dict[str, Pixels], title: str) -> None:
+        shown = {name: [image.float().cpu() for image in part] for name, part in columns.items()}
+        figure = picture_grid(shown, title=title, legend=self.legend(trainer))
+        publish(trainer, self.name, figure, self.folder)
 
     def _decode(self, tokenizer: Any, token_ids: dict[str, Tensor]) -> dict[str, Tensor]:
         """Decode each entry; nothing, and one warning, for a tokenizer that can only encode."""
@@ -143,27 +143,28 @@ class Pictures(L.Callback):
 class ReconstructionPictures(Pictures):
     """Original, masked input, the tokenizer's own reconstruction, and the model's.
 
-    The model's column decodes its predicted tokens where the input was hidden and the
-    tokenizer's everywhere else. Needs `task.predict_tokens(images, mask) -> (B, h, w)`, and
-    of the data module `tokenizer` and `denormalize(images) -> [0, 1]`.
+    The model's column decodes its predicted tokens where patches are masked and the tokenizer's
+    everywhere else; where the target is pixels there is no tokenizer, and it has the predicted
+    pixels among the original ones. Needs `task.predict_tokens(images, mask) -> (B, h, w)`, or
+    `task.predict_everywhere` and `task.target`, and of the data module `tokenizer`, for tokens, and
+    `denormalize(images) -> [0, 1]`.
     """
 
     name = "reconstructions"
 
-    def columns(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Tensor]:
-        sample = MIMBatch(*(part.to(pl_module.device) for part in self._sample))
+    def columns(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Pixels]:
+        sample = type(self._sample)(*(part.to(pl_module.device) for part in self._sample))
         data: Any = trainer.datamodule
         originals = data.denormalize(sample.images).clamp(0, 1)
-        predicted = pl_module.predict_tokens(sample.images, sample.mask)
+        given = {"original": originals, "masked input": hide(originals, sample.mask)}
+        if isinstance(sample, MIMBatch):
+            return given | self._of_tokens(pl_module, data.tokenizer, sample)
+        return given | {"model": data.denormalize(_filled_in(pl_module, sample)).clamp(0, 1)}
+
+    def _of_tokens(self, task: Any, tokenizer: Any, sample: MIMBatch) -> dict[str, Tensor]:
+        predicted = task.predict_tokens(sample.images, sample.mask)
         filled_in = torch.where(sample.mask, predicted, sample.token_ids)
-        return {
-            "original": originals,
-            "masked input": hide(originals, sample.mask),
-            **self._decode(
-                data.tokenizer,
-                {"tokenizer": sample.token_ids, "model": filled_in},
-            ),
-        }
+        return self._decode(tokenizer, {"tokenizer": sample.token_ids, "model": filled_in})
 
 
 class TokenizerPictures(Pictures):
@@ -171,18 +172,47 @@ class TokenizerPictures(Pictures):
 
     name = "reconstructions"
 
-    def columns(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Tensor]:
+    def columns(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Pixels]:
         images = PixelBatch(*(part.to(pl_module.device) for part in self._sample)).images
         tokenizer: Any = pl_module.tokenizer
         token_ids = tokenizer.encode(to_value_range(images, tokenizer.value_range))
         return {"original": images, **self._decode(tokenizer, {"reconstruction": token_ids})}
 
 
+def publish(trainer: L.Trainer, name: str, figure: Figure, folder: Path) -> None:
+    """Write a figure as PNG into the folder, and into TensorBoard and W&B where they are."""
+    step = trainer.global_step
+    pixels = save_figure(figure, folder / f"{name}-step{step:07d}.png")
+    for logger in trainer.loggers:
+        if isinstance(logger, GuardedLogger):
+            logger.log_picture(name, pixels, step)
+        else:
+            log_picture(logger, name, pixels, step)
+
+
+def _kept(part: Tensor | list[Tensor]) -> Any:
+    """On the CPU, and no view of what will be used again."""
+    if isinstance(part, Tensor):
+        return part.detach().cpu().clone()
+    return [_kept(one) for one in part]
+
+
+def _filled_in(task: Any, sample: MaskedBatch) -> Tensor:
+    """The encoder's images with the predicted pixels in the masked patches."""
+    outputs = task.predict_everywhere(sample.images, sample.mask)
+    predicted = task.target.drawn(outputs.float(), sample.images)
+    return torch.where(_of_pixels(sample.mask, sample.images), predicted, sample.images)
+
+
 def hide(images: Tensor, mask: Tensor) -> Tensor:
     """Images (B, 3, H, W) with the patches where mask (B, h, w) is True painted grey."""
+    return images.masked_fill(_of_pixels(mask, images), GREY)
+
+
+def _of_pixels(mask: Tensor, images: Tensor) -> Tensor:
+    """The mask (B, h, w) of patches for each pixel: (B, 1, H, W)."""
     scale = (images.shape[-2] // mask.shape[-2], images.shape[-1] // mask.shape[-1])
-    hidden = mask.repeat_interleave(scale[0], dim=1).repeat_interleave(scale[1], dim=2)
-    return images.masked_fill(hidden[:, None], GREY)
+    return mask.repeat_interleave(scale[0], dim=1).repeat_interleave(scale[1], dim=2)[:, None]
 
 
 @contextlib.contextmanager

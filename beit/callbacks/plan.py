@@ -9,7 +9,6 @@ import torch
 
 from beit.data.loading import resume_position
 from beit.job.exits import Exit, RunEnd
-from beit.optim.schedules import warmup_cosine
 from beit.tasks.accounting import sum_over_ranks
 from beit.tasks.planning import planned_steps
 
@@ -116,13 +115,7 @@ def _rates(
     trainer: L.Trainer, task: Any, step: int, plan: tuple[int, int]
 ) -> list[tuple[float, float]]:
     """(found, planned) learning rate of each parameter group after `step` optimizer steps."""
-    planned = warmup_cosine(
-        step,
-        total_steps=plan[1],
-        warmup_steps=task.optim.warmup_length(*plan),
-        lr=task.optim.lr,
-        min_lr=task.optim.min_lr,
-    )
+    planned = task.optim.rate_at(step, steps_per_epoch=plan[0], total_steps=plan[1])
     groups = trainer.optimizers[0].param_groups
     return [(group["lr"], planned * group["lr_scale"]) for group in groups]
 

@@ -23,13 +23,16 @@ FREE = {
     "logger": True,
     # the others of a user's may change the weights, and so does `ema`
     "callbacks.checkpoints": True,
+    "callbacks.classes": True,
     "callbacks.curves": True,
+    "callbacks.online_probe": True,
     "callbacks.optimizer": True,
     "callbacks.pictures": True,
     "callbacks.progress": True,
     "callbacks.throughput": True,
     # what is read is compared itself, see `beit.data.fingerprint`; it may lie somewhere else
     "data": True,
+    "labelled": True,
     "datamodule.train": True,
     "datamodule.val": True,
     "datamodule.eval_transform": True,

@@ -52,6 +52,7 @@ class RunRecord(L.Callback):
         checkpoint["beit"] = {
             **self.entry,
             "classes": getattr(trainer.datamodule, "classes", None),
+            "palette": _palette(trainer.datamodule),
             "progress": {
                 "steps": trainer.global_step,
                 # a step of fewer images, at the end of an epoch that keeps them, counts as a whole
@@ -60,6 +61,12 @@ class RunRecord(L.Callback):
                 "accumulate": trainer.accumulate_grad_batches,
             },
         }
+
+
+def _palette(data: Any) -> list[list[int]] | None:
+    """The colours [red, green, blue] of the classes, where they have some."""
+    palette = getattr(data, "palette", None)
+    return None if palette is None else [[int(value) for value in colour] for colour in palette]
 
 
 def new_run_id() -> str:

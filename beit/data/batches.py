@@ -3,7 +3,7 @@
 Named tuples survive collation, pinning and device transfer with their names and types.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -43,6 +43,15 @@ class MIMBatch(NamedTuple):
     indices: Tensor  # (B,) int64
 
 
+class MaskedBatch(NamedTuple):
+    """Images and masks, where the images themselves are the target."""
+
+    images: Tensor  # (B, 3, H, W) uint8 from the loader, float normalised on the device
+    mask: Tensor  # (B, h, w) bool
+    indices: Tensor  # (B,) int64
+    failed: Tensor  # (B,) int64
+
+
 class LabelledBatch(NamedTuple):
     """Images with classes."""
 
@@ -50,6 +59,31 @@ class LabelledBatch(NamedTuple):
     targets: Tensor  # (B,) int64 in [0, K), or (B, K) float after mixup or cutmix
     indices: Tensor  # (B,) int64
     failed: Tensor  # (B,) int64
+
+
+class SegmentationBatch(NamedTuple):
+    """Images with a class for each pixel.
+
+    In validation the sizes differ: then `images` and `labels` are lists of B tensors, the images
+    resized for the network, the labels at the size at which they lie.
+    """
+
+    images: (
+        Any  # Tensor (B, 3, H, W) uint8 from the loader, float normalised on the device; or list
+    )
+    labels: Any  # Tensor (B, H, W), int16, on the device int64: 0..K-1, -1 ignored; or a list
+    indices: Tensor  # (B,) int64
+    failed: Tensor  # (B,) int64
+
+    def kept(self, chosen: Tensor) -> "SegmentationBatch":
+        """The samples where `chosen` (B,) bool is True."""
+        return SegmentationBatch(*(_kept(field, chosen) for field in self))
+
+
+def _kept(field: Tensor | list[Tensor], chosen: Tensor) -> Any:
+    if isinstance(field, Tensor):
+        return field[chosen]
+    return [value for value, keep in zip(field, chosen.tolist()) if keep]
 
 
 class PixelBatch(NamedTuple):

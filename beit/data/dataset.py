@@ -11,9 +11,9 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
-from beit.data.images import UnreadableImage
+from beit.data.images import LazyJpeg, UnreadableImage
 from beit.data.randomness import sample_key, sample_rng
-from beit.data.sources import ImageSource
+from beit.data.sources import ImageSource, opened
 from beit.data.token_cache import TokenCache
 from beit.data.views import EvalTransform, PixelTransform, TrainTransform, TwoViewTransform
 from beit.data.workers import Failure, SampleError, fault
@@ -45,8 +45,9 @@ class SampleKey:
         return sample_rng(self.seed, self.epoch, self.index, stream)
 
 
-# an image, its label and its key -> the tensors of one sample
-MakeSample = Callable[[Image.Image, int | None, SampleKey], tuple[Tensor | None, ...]]
+# An image, its label and its key -> the tensors of one sample. Where its attribute `takes_lazy` is
+# true, a JPEG may come as a LazyJpeg.
+MakeSample = Callable[[Any, int | None, SampleKey], tuple[Tensor | None, ...]]
 
 
 @dataclass(frozen=True)
@@ -84,15 +85,12 @@ class KeyedDataset(Dataset[Sample]):
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         epoch, index = key
         try:
-            image, label, loaded, reason = self._load(index)
-            key_of_sample = SampleKey(self.seed, epoch, index, stands_in=loaded != index)
-            tensors = self.make_sample(image, label, key_of_sample)
+            return self._sample(epoch, index)
         except (UserError, RunEnd):
             raise
         except Exception as error:
             what = f"epoch {epoch}, image {index} ({self.source.name(index)})"
             raise fault(error, what) from error
-        return Sample(tensors, loaded, -1 if loaded == index else index, reason)
 
     def __getitems__(self, keys: Sequence[tuple[int, int]]) -> list[Sample] | list[Failure]:
         """The samples of a batch; out of a worker, what went wrong comes in their place."""
@@ -107,22 +105,29 @@ class KeyedDataset(Dataset[Sample]):
         self.reading(-1)
         return samples
 
-    def _load(self, index: int) -> tuple[Image.Image, int | None, int, str]:
-        """Image and label, the index they really are of, why it is not the one asked for."""
+    def _sample(self, epoch: int, index: int) -> Sample:
         candidate = index
         failures: list[UnreadableImage] = []
         for attempt in range(REPLACEMENT_ATTEMPTS):
             self.reading(candidate)
+            key = SampleKey(self.seed, epoch, index, stands_in=candidate != index)
             try:
-                reason = str(failures[0]) if failures else ""
-                return *self.source.load(candidate), candidate, reason
-            except UnreadableImage as error:
+                tensors = self.make_sample(*self._get(candidate), key)
+            except UnreadableImage as error:  # of a lazy one as late as within make_sample
                 failures.append(error)
+            else:
+                reason = str(failures[0]) if failures else ""
+                return Sample(tensors, candidate, index if failures else -1, reason)
             candidate = sample_key(self.seed, attempt, index, "replacement") % len(self.source)
         raise UserError(
             f"unreadable image {failures[0]}; {REPLACEMENT_ATTEMPTS} images tried in its place, "
             "all unreadable: mend the data set"
         )
+
+    def _get(self, index: int) -> tuple[Image.Image | LazyJpeg, int | None]:
+        if getattr(self.make_sample, "takes_lazy", False):
+            return opened(self.source, index)
+        return self.source.load(index)
 
 
 def _nobody(index: int) -> None:
@@ -147,13 +152,14 @@ class TwoViewSample:
     ) -> None:
         assert cache is None or cache.views == views_per_image, "a cache needs views to come again"
         self.views = views
+        self.takes_lazy = views.scaled_decoding
         self.masking = masking
         self.views_per_image = views_per_image
         self.cache = cache
         self._no_ids = torch.full(masking.grid, -1, dtype=torch.int32)
 
     def __call__(
-        self, image: Image.Image, label: int | None, key: SampleKey
+        self, image: Image.Image | LazyJpeg, label: int | None, key: SampleKey
     ) -> tuple[Tensor | None, ...]:
         view = key.epoch % self.views_per_image if self.views_per_image else key.epoch
         # a stand-in is of another image than the row is meant for
@@ -171,6 +177,21 @@ class TwoViewSample:
         )
 
 
+class MaskedSample:
+    """(image, mask): the encoder's view alone, from the same draws as a TwoViewSample's."""
+
+    def __init__(self, views: TwoViewTransform, masking: Masking) -> None:
+        self.views = views
+        self.takes_lazy = views.scaled_decoding
+        self.masking = masking
+
+    def __call__(
+        self, image: Image.Image | LazyJpeg, label: int | None, key: SampleKey
+    ) -> tuple[Tensor | None, ...]:
+        view, _ = self.views(image, key.rng("views"), token_view=False)
+        return view, torch.from_numpy(self.masking(key.rng("mask")))
+
+
 class PixelSample:
     """(image,) for training a tokenizer."""
 
@@ -186,8 +207,11 @@ class TrainLabelledSample:
 
     def __init__(self, transform: TrainTransform) -> None:
         self.transform = transform
+        self.takes_lazy = transform.scaled_decoding
 
-    def __call__(self, image: Image.Image, label: int | None, key: SampleKey) -> tuple[Tensor, ...]:
+    def __call__(
+        self, image: Image.Image | LazyJpeg, label: int | None, key: SampleKey
+    ) -> tuple[Tensor, ...]:
         return self.transform(image, key.seed, key.epoch, key.index), _target(label)
 
 

@@ -8,14 +8,14 @@ import csv
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from beit.data.images import open_rgb
+from beit.data.images import LazyJpeg, open_lazily, open_rgb
 from beit.data.paths import (
     PathTable,
     existing_folder,
@@ -33,7 +33,7 @@ class _Files:
     classes: list[str] | None
     labels: np.ndarray | None
 
-    def __init__(self, root: Path, files: Sequence[str]) -> None:
+    def __init__(self, root: Path, files: Iterable[str]) -> None:
         self.root = root
         self._files = PathTable(files)
 
@@ -41,13 +41,18 @@ class _Files:
         return len(self._files)
 
     def load(self, index: int) -> tuple[Image.Image, int | None]:
-        image = open_rgb(self.root / self._files[index], self.name(index))
-        return image, None if self.labels is None else int(self.labels[index])
+        return open_rgb(self.root / self._files[index], self.name(index)), self._label(index)
+
+    def open(self, index: int) -> tuple[Image.Image | LazyJpeg, int | None]:
+        return open_lazily(self.root / self._files[index], self.name(index)), self._label(index)
+
+    def _label(self, index: int) -> int | None:
+        return None if self.labels is None else int(self.labels[index])
 
     def name(self, index: int) -> str:
         return printable(str(self.root / self._files[index]))
 
-    def identity(self) -> tuple[bytes, ...]:
+    def identity(self) -> tuple[bytes | bytearray, ...]:
         return self._files.blocks()
 
 
@@ -68,19 +73,23 @@ class ClassFolder(_Files):
                 f"{folder}: no class folders; expected root/CLASS/IMAGE "
                 "(for images without classes use data=unlabelled)"
             )
-        files: list[str] = []
-        counts = []
+        counts: list[int] = []
+        super().__init__(folder, self._walk(folder, counts))
+        self.labels = np.repeat(np.arange(len(counts)), counts)
+
+    def _walk(self, folder: Path, counts: list[int]) -> Iterator[str]:
+        """The images class by class; their numbers come to stand in `counts`."""
+        assert self.classes is not None
         for name in self.classes:
-            found = [os.path.join(name, file) for file in image_files(folder / name)]
-            if not found:
+            count = 0
+            for count, file in enumerate(image_files(folder / name), start=1):
+                yield f"{name}{os.sep}{file}"
+            if not count:
                 raise UserError(
                     f"{printable(str(folder / name))}: no images in this class folder "
                     f"(looked for {known_extensions()}); add some or remove the folder"
                 )
-            files += found
-            counts.append(len(found))
-        self.labels = np.repeat(np.arange(len(counts)), counts)
-        super().__init__(folder, files)
+            counts.append(count)
 
     def __repr__(self) -> str:
         return f"ClassFolder({self.root}: {len(self)} images, {len(self.classes or [])} classes)"
@@ -95,11 +104,10 @@ class FlatFolder(_Files):
 
     def __init__(self, root: str | Path, *, recursive: bool = True) -> None:
         folder = existing_folder(root)
-        files = list(image_files(folder, recursive=recursive))
-        if not files:
-            raise UserError(f"{folder}: no images found (looked for {known_extensions()})")
         self.classes = self.labels = None
-        super().__init__(folder, files)
+        super().__init__(folder, image_files(folder, recursive=recursive))
+        if not len(self):
+            raise UserError(f"{folder}: no images found (looked for {known_extensions()})")
 
     def __repr__(self) -> str:
         return f"FlatFolder({self.root}: {len(self)} images, no labels)"

@@ -1,5 +1,6 @@
 """What the data modules have in common."""
 
+import functools
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,6 +45,7 @@ class ImageData(L.LightningDataModule):
         train_data = KeyedDataset(*train, seed=settings.seed)
         self.loaders = Loaders(settings, batch_type, train=train_data, val=val_data)
         self.classes: list[str] | None = None
+        self.labelled: dict[str, Any] | None = None  # other sources, for those who look on
         self.lost: WorkerLost | None = None  # a process that read images, once one is gone
         self._described, self._warned_of = described, warned_of
 
@@ -73,9 +75,19 @@ class ImageData(L.LightningDataModule):
         """What the run is trained on and validated on, see `beit.data.fingerprint`."""
         val = self.loaders.val_data
         return {
-            "train": fingerprint.of_source(self.loaders.train_data.source),
-            "val": None if val is None else fingerprint.of_source(val.source),
+            "train": self.fingerprint_of("train", self.loaders.train_data.source),
+            "val": None if val is None else self.fingerprint_of("val", val.source),
         }
+
+    def fingerprint_of(self, role: str, source: ImageSource) -> dict[str, Any]:
+        """Of the source that has this role; worked out once, for millions of names take seconds."""
+        if role not in self._fingerprints:
+            self._fingerprints[role] = fingerprint.of_source(source)
+        return self._fingerprints[role]
+
+    @functools.cached_property
+    def _fingerprints(self) -> dict[str, dict[str, Any]]:
+        return {}
 
     def setup(self, stage: str) -> None:
         if stage == "fit":

@@ -46,7 +46,7 @@ class TorchvisionSource:
             )
         words = (f" {key}={value}" for key, value in options.items())
         self.origin = f"torchvision {name}{''.join(words)}"
-        self._data = _construct(name, root, download, dict(options))
+        self._data = construct(name, root, download, dict(options))
         self.labels: np.ndarray | None = self._read_labels()
         self.classes: list[str] | None = self._read_classes()
 
@@ -133,7 +133,8 @@ class Digits:
         return f"Digits({self.split}: {len(self)} images, 10 classes)"
 
 
-def _construct(name: str, root: str | Path, download: bool, options: dict[str, Any]) -> Any:
+def construct(name: str, root: str | Path, download: bool, options: dict[str, Any]) -> Any:
+    """A data set of torchvision. Raises UserError for what its constructor refuses."""
     factory = getattr(torchvision_datasets, name)
     known = inspect.signature(factory).parameters
     if unknown := sorted(set(options) - set(known)):
@@ -157,7 +158,7 @@ def _construct(name: str, root: str | Path, download: bool, options: dict[str, A
         return factory(**options)
     except (RuntimeError, ValueError, OSError) as error:
         message = " ".join(str(error).split())
-        mend = "" if download else " (download=true fetches it)"
+        mend = " (download=true fetches it)" if "download" in known and not download else ""
         raise UserError(f"torchvision {name} in {root}: {message}{mend}") from error
 
 

@@ -1,5 +1,6 @@
 """Loaders of a data module: batches, workers, where a resumed run goes on, unreadable images."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -9,7 +10,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader
 
 from beit.data import opening
-from beit.data.batches import TwoViewBatch
+from beit.data.batches import SegmentationBatch, TwoViewBatch
 from beit.data.dataset import Collate, KeyedDataset
 from beit.data.limits import not_negative, whole_number
 from beit.data.sampler import (
@@ -41,6 +42,8 @@ class LoaderSettings:
         check_images: images of each source that are decoded before training begins.
         last_batch: the images of an epoch that fill no global batch: "drop" leaves them out (others
             in each epoch), "keep" has a last step of fewer images.
+        repeats: draws of each image in a global batch, so many fewer images in an epoch; see
+            `GlobalBatchSampler`.
     """
 
     global_batch_size: int
@@ -53,9 +56,10 @@ class LoaderSettings:
     max_image_pixels: int = opening.MAX_PIXELS
     check_images: int = 64
     last_batch: Literal["drop", "keep"] = "drop"
+    repeats: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("global_batch_size", "batch_size_per_device", "prefetch_factor"):
+        for name in ("global_batch_size", "batch_size_per_device", "prefetch_factor", "repeats"):
             whole_number(name, getattr(self, name), at_least=1)
         whole_number("max_image_pixels", self.max_image_pixels, at_least=1)
         for name in ("num_workers", "seed", "max_unreadable_images", "check_images"):
@@ -63,6 +67,11 @@ class LoaderSettings:
         not_negative("timeout_seconds", self.timeout_seconds)
         if self.last_batch not in ("drop", "keep"):
             raise UserError(f"last_batch {self.last_batch!r}: expected drop or keep")
+        if self.repeats > self.global_batch_size:
+            raise UserError(
+                f"repeats {self.repeats}: a global batch of {self.global_batch_size} images has no "
+                "room for so many draws of one image; give at most its size"
+            )
 
 
 class Loaders:
@@ -82,6 +91,7 @@ class Loaders:
         self.val_data = val
         self.unreadable = UnreadableImages(settings.max_unreadable_images)
         self.collate = Collate(batch_type)
+        self.collate_val: Callable[[Sequence[Any]], Any] = self.collate
         self._open: dict[str, WatchedLoader] = {}  # by the role of their data
 
     def micro_batches(self, *, world_size: int, accumulate: int) -> int:
@@ -110,6 +120,8 @@ class Loaders:
         """A line for the log: what becomes of the images that fill no global batch."""
         size, batch = len(self.train_data), self.settings.global_batch_size
         steps = f"{size} training images, {size // batch} steps of {batch} an epoch"
+        if (repeats := self.settings.repeats) > 1:
+            steps += f", {repeats} draws each of {-(-size // repeats)} images (loader.repeats)"
         rest = size % batch
         if rest == 0:
             return steps
@@ -156,6 +168,7 @@ class Loaders:
             seed=self.settings.seed,
             shuffle=training,
             last_batch=self.settings.last_batch if training else "even",
+            repeats=self.settings.repeats if training else 1,
         )
 
     def _loader(self, role: str, sampler: GlobalBatchSampler, trainer: L.Trainer) -> DataLoader:
@@ -170,7 +183,7 @@ class Loaders:
             self.train_data if role == "training" else self.val_data,
             batch_sampler=sampler,
             num_workers=workers,
-            collate_fn=self.collate,
+            collate_fn=self.collate if role == "training" else self.collate_val,
             limit=self.settings.timeout_seconds,
             pin_memory=trainer.strategy.root_device.type == "cuda",
             # its own generator: a loader draws a seed for its workers at every epoch, which would
@@ -234,7 +247,7 @@ class Loaders:
             return batch
         if not bool(kept.any()):
             kept[0] = True
-        if isinstance(batch, TwoViewBatch):
+        if isinstance(batch, TwoViewBatch | SegmentationBatch):
             return batch.kept(kept)
         return type(batch)(*(field[kept] for field in batch))
 

@@ -109,10 +109,15 @@ def open_header(data: bytes) -> ImageFile.ImageFile:
     )
 
 
-def decode(image: ImageFile.ImageFile) -> None:
-    """Read the pixels."""
+def decode(image: ImageFile.ImageFile, reduced_by: int = 1) -> None:
+    """Read the pixels; of a JPEG, at 1/2, 1/4 or 1/8 of each side if so asked."""
+    width, height = (-(-side // reduced_by) for side in image.size)
+    if reduced_by > 1:
+        # Pillow takes the largest reduction that leaves at least so much
+        image.draft(None, (image.width // reduced_by, image.height // reduced_by))
     with _silent_libtiff() if image.format == "TIFF" else contextlib.nullcontext():
         image.load()
+    assert image.size == (width, height), "not the reduction that was asked for"
 
 
 @contextlib.contextmanager

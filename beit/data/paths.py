@@ -1,7 +1,8 @@
 """Finding image files, and holding many paths."""
 
+import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
@@ -15,19 +16,29 @@ EXTENSIONS = (
     ".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif", ".avif",
 )  # fmt: skip
 
+_CHUNK = 65_536  # paths
+
 
 class PathTable:
     """Many paths in one block of bytes."""
 
-    def __init__(self, paths: Sequence[str]) -> None:
-        encoded = [os.fsencode(path) for path in paths]
-        self._bytes = b"".join(encoded)
-        self._ends = np.cumsum([len(path) for path in encoded], dtype=np.int64)
+    def __init__(self, paths: Iterable[str]) -> None:
+        self._bytes, ends = bytearray(), bytearray()
+        remaining = iter(paths)
+        # so many at a time: as strings all of them would take eight times the room
+        while chunk := list(itertools.islice(remaining, _CHUNK)):
+            # encoded in one go and told apart by NUL, which no path holds
+            joined = os.fsencode("\0".join(chunk) + "\0")
+            nul = np.flatnonzero(np.frombuffer(joined, dtype=np.uint8) == 0)
+            assert len(nul) == len(chunk), "a path with a NUL"
+            ends += (nul - np.arange(len(nul)) + len(self._bytes)).tobytes()
+            self._bytes += joined.replace(b"\0", b"")
+        self._ends = np.frombuffer(ends, dtype=np.int64)
 
     def __len__(self) -> int:
         return len(self._ends)
 
-    def blocks(self) -> tuple[bytes, bytes]:
+    def blocks(self) -> tuple[bytearray, bytes]:
         """All of them in order as two blocks of bytes: the characters, and where each path ends."""
         return self._bytes, self._ends.tobytes()
 
@@ -35,7 +46,7 @@ class PathTable:
         if not 0 <= index < len(self):
             raise IndexError(f"path {index} of {len(self)}")
         begin = int(self._ends[index - 1]) if index else 0
-        return os.fsdecode(self._bytes[begin : int(self._ends[index])])
+        return os.fsdecode(bytes(self._bytes[begin : int(self._ends[index])]))
 
 
 def image_files(root: Path, *, recursive: bool = True) -> Iterator[str]:
@@ -43,12 +54,18 @@ def image_files(root: Path, *, recursive: bool = True) -> Iterator[str]:
 
     Raises UserError for a folder that cannot be read: its images would be missed without a word.
     """
-    walk = _folders(root)
+    walk = ((folder, _images(names)) for folder, names in _folders(root))
     for folder, names in sorted(walk) if recursive else [next(walk)]:
         relative = os.path.relpath(folder, root)
-        for name in sorted(names):
-            if name.lower().endswith(EXTENSIONS) and not name.startswith("."):
-                yield os.path.normpath(os.path.join(relative, name))
+        prefix = "" if relative == os.curdir else os.path.join(relative, "")
+        for name in names.split("\0") if names else ():
+            yield prefix + name
+
+
+def _images(names: list[str]) -> str:
+    """Those of images, sorted, in one string: a folder may hold millions."""
+    chosen = [n for n in names if n.lower().endswith(EXTENSIONS) and not n.startswith(".")]
+    return "\0".join(sorted(chosen))
 
 
 def _folders(root: Path) -> Iterator[tuple[str, list[str]]]:

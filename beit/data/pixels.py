@@ -117,12 +117,29 @@ def _grey_mean(image: Image.Image) -> int:
     return int(float(_LEVELS @ counts) / (image.width * image.height) + 0.5)
 
 
-def resized(image: Image.Image, size: tuple[int, int], resample: Image.Resampling) -> Tensor:
-    """uint8 (3, H, W) of the image at size (H, W)."""
+def resized(
+    image: Image.Image,
+    size: tuple[int, int],
+    resample: Image.Resampling,
+    *,
+    box: tuple[float, float, float, float] | None = None,
+) -> Tensor:
+    """uint8 (3, H, W) of the image, or of a box of it that may lie between pixels, resized."""
+    return to_tensor(resized_image(image, size, resample, box=box))
+
+
+def resized_image(
+    image: Image.Image,
+    size: tuple[int, int],
+    resample: Image.Resampling,
+    *,
+    box: tuple[float, float, float, float] | None = None,
+) -> Image.Image:
+    """The image, or the box (left, top, right, bottom) of it, at size (H, W)."""
     height, width = size
-    if image.size != (width, height):
-        image = image.resize((width, height), resample)
-    return to_tensor(image)
+    if box is None and image.size == (width, height):
+        return image
+    return image.resize((width, height), resample, box)
 
 
 def to_tensor(image: Image.Image) -> Tensor:

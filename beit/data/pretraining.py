@@ -13,8 +13,9 @@ from beit.data import fingerprint
 from beit.data.batches import MIMBatch, TwoViewBatch
 from beit.data.dataset import Masking, TwoViewSample
 from beit.data.image_data import ImageData
-from beit.data.limits import checked_normalisation, whole_number
+from beit.data.limits import whole_number
 from beit.data.loading import LoaderSettings
+from beit.data.normalization import Normalization
 from beit.data.sources import ImageSource
 from beit.data.token_cache import TokenCache
 from beit.data.tokenization import fill
@@ -73,8 +74,7 @@ class PretrainingData(ImageData):
         self.tokenizer = tokenizer.eval().requires_grad_(False)
         self.tokenizer_precision = tokenizer_precision
         self.views = views
-        mean, std = checked_normalisation(mean, std)
-        self.mean, self.std = torch.tensor(mean), torch.tensor(std)
+        self.normalize = Normalization(mean, std)
         self.caches: dict[str, TokenCache] = {}  # by role
         samples = {}
         for role, source, count in (("train", train, views_per_image), ("val", val, 1)):
@@ -86,7 +86,7 @@ class PretrainingData(ImageData):
                     views=count,
                     grid=masking.grid,
                     vocab_size=tokenizer.vocab_size,
-                    made_of=self._made_of(source, loader.seed),
+                    made_of=self._made_of(role, source, loader.seed),
                 )
             cache = self.caches.get(role)
             samples[role] = TwoViewSample(views, masking, views_per_image=count, cache=cache)
@@ -97,17 +97,17 @@ class PretrainingData(ImageData):
             val=(val, samples["val"]),
             described=(
                 f"views {views!r}, {_again(views_per_image)}",
-                f"encoder's view normalised by mean {mean}, std {std}",
+                f"encoder's view normalised by {self.normalize!r}",
                 f"masking {masking!r}",
                 f"tokenizer {_name(tokenizer)}",
             ),
-            warned_of=_size_warning(tokenizer, views.token_image_size),
+            warned_of=_size_warning(tokenizer, height_width(views.token_image_size)),
         )
 
-    def _made_of(self, source: ImageSource, seed: int) -> dict[str, Any]:
+    def _made_of(self, role: str, source: ImageSource, seed: int) -> dict[str, Any]:
         """All that the tokens of a source's views are a function of, for their cache to compare."""
         return {
-            "data": fingerprint.of_source(source)["sha256"],
+            "data": self.fingerprint_of(role, source)["sha256"],
             "drawn_by": repr(self.views),
             "seed": seed,
             "tokenizer": self._tokenizer_hash,
@@ -176,7 +176,7 @@ class PretrainingData(ImageData):
                 cache,
                 data,
                 self.views,
-                lambda token_images: self.tokenize(token_images.to(device)),
+                lambda token_images: self.tokenize(token_images.to(device, non_blocking=True)),
                 settings=self.loaders.settings,
                 role={"train": "training", "val": "validation"}[role],
                 rank=rank,
@@ -185,14 +185,9 @@ class PretrainingData(ImageData):
             counts["unreadable"] += left_out
         return counts
 
-    def normalize(self, images: Tensor) -> Tensor:
-        """uint8 (B, 3, H, W) -> float, normalised for the encoder."""
-        mean, std = (_channels(values, images) for values in (self.mean, self.std))
-        return images.float().sub_(mean * 255).div_(std * 255)
-
     def denormalize(self, images: Tensor) -> Tensor:
         """The encoder's images (B, 3, H, W) back to [0, 1]."""
-        return images.float() * _channels(self.std, images) + _channels(self.mean, images)
+        return self.normalize.undone(images)
 
     @torch.no_grad()
     def tokenize(self, token_images: Tensor) -> Tensor:
@@ -206,11 +201,12 @@ class PretrainingData(ImageData):
 
 
 def _check_grids(views: TwoViewTransform, masking: Masking, tokenizer: Tokenizer) -> None:
-    token_grid = tuple(tokenizer.grid(views.token_image_size))
+    height, width = height_width(views.token_image_size)
+    token_grid = tuple(tokenizer.grid((height, width)))
     if token_grid != tuple(masking.grid):
         raise UserError(
             f"the tokenizer makes {token_grid[0]}x{token_grid[1]} tokens of its "
-            f"{views.token_image_size[0]}x{views.token_image_size[1]} view, but the mask has "
+            f"{height}x{width} view, but the mask has "
             f"{masking.grid[0]}x{masking.grid[1]} patches; set the view to "
             f"{masking.grid[0] * tokenizer.stride}x{masking.grid[1] * tokenizer.stride}"
         )
@@ -241,7 +237,3 @@ def _size_warning(tokenizer: Tokenizer, view: tuple[int, int]) -> tuple[str, ...
         f"sees things {view[0] / height:.3g} times as tall as it has learnt, so its tokens may be "
         "poor; train one at this size, or change the image or patch size",
     )
-
-
-def _channels(values: Tensor, images: Tensor) -> Tensor:
-    return values.to(images.device)[:, None, None]

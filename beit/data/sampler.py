@@ -29,6 +29,11 @@ class GlobalBatchSampler(Sampler[list[tuple[int, int]]]):
     for that.) Evaluation, "even", deals out the whole epoch in this way.
     Without `shuffle` the epoch stays 0: evaluation draws the same crops and masks each time.
 
+    With `repeats` r (repeated augmentation: Hoffer et al., arXiv 1901.09335) an epoch has as many
+    samples as ever, which are r draws of each of its first size / r images: side by side in the
+    order, so that all but those at its ends are in one global batch. The draws in epoch e are keyed
+    as those of the epochs e * r ... e * r + r - 1, which no other epoch uses.
+
     Raises:
         UserError: fewer samples than one global batch in training; fewer samples to be dealt out
             than ranks.
@@ -45,8 +50,10 @@ class GlobalBatchSampler(Sampler[list[tuple[int, int]]]):
         seed: int,
         shuffle: bool,
         last_batch: LastBatch,
+        repeats: int = 1,
     ) -> None:
         assert 0 <= rank < world_size
+        assert repeats == 1 or (repeats > 1 and shuffle)
         assert batch_size > 0
         assert accumulate > 0
         self.size = size
@@ -56,6 +63,7 @@ class GlobalBatchSampler(Sampler[list[tuple[int, int]]]):
         self.accumulate = accumulate
         self.seed = seed
         self.shuffle = shuffle
+        self.repeats = repeats
         self.epoch = 0
         self._start = 0
         if last_batch == "even":
@@ -97,8 +105,12 @@ class GlobalBatchSampler(Sampler[list[tuple[int, int]]]):
     def _batches(self, epoch: int, start: int) -> Iterator[list[tuple[int, int]]]:
         order = epoch_order(self.size, self.seed, epoch) if self.shuffle else np.arange(self.size)
         for i in range(start, len(self)):
-            begin, end = self._bounds(i * self.world_size + self.rank)
-            yield [(epoch, index) for index in order[begin:end].tolist()]
+            places = range(*self._bounds(i * self.world_size + self.rank))
+            # // and %: which image of the order, and which of its draws
+            yield [
+                (epoch * self.repeats + place % self.repeats, int(order[place // self.repeats]))
+                for place in places
+            ]
 
     def _bounds(self, batch: int) -> tuple[int, int]:
         """Where a batch of the job begins and ends in the order."""

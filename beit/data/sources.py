@@ -11,6 +11,7 @@ from PIL import Image
 from beit.data.file_sources import ClassFolder as ClassFolder
 from beit.data.file_sources import FlatFolder as FlatFolder
 from beit.data.file_sources import ListFile as ListFile
+from beit.data.images import LazyJpeg
 from beit.data.images import UnreadableImage as UnreadableImage
 from beit.data.library_sources import Digits as Digits
 from beit.data.library_sources import TorchvisionSource as TorchvisionSource
@@ -20,7 +21,11 @@ from beit.errors import UserError
 
 
 class ImageSource(Protocol):
-    """Images by number, with or without labels."""
+    """Images by number, with or without labels.
+
+    It may have `open(index)` too, which gives a LazyJpeg in the image's place where it can: a JPEG
+    of which only the header was read, for transforms that need no more than a part of its pixels.
+    """
 
     classes: list[str] | None  # names of the labels 0..K-1, None without labels
     labels: np.ndarray | None  # (len,) int64, without decoding anything
@@ -34,6 +39,11 @@ class ImageSource(Protocol):
     def name(self, index: int) -> str:
         """The file, or the table and row, for messages."""
         ...
+
+
+def opened(source: ImageSource, index: int) -> tuple[Image.Image | LazyJpeg, int | None]:
+    """By `open`, of a source that has it, else by `load`. Raises UnreadableImage."""
+    return getattr(source, "open", source.load)(index)
 
 
 class Subset:
@@ -71,6 +81,9 @@ class Subset:
 
     def load(self, index: int) -> tuple[Image.Image, int | None]:
         return self.source.load(int(self.indices[index]))
+
+    def open(self, index: int) -> tuple[Image.Image | LazyJpeg, int | None]:
+        return opened(self.source, int(self.indices[index]))
 
     def name(self, index: int) -> str:
         return self.source.name(int(self.indices[index]))

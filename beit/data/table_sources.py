@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from beit.data.images import UnreadableImage, open_rgb
+from beit.data.images import LazyJpeg, UnreadableImage, open_lazily, open_rgb
 from beit.data.limits import not_negative
 from beit.errors import UserError
 
@@ -55,6 +55,16 @@ class _Rows:
         return len(self._images)
 
     def load(self, index: int) -> tuple[Image.Image, int | None]:
+        return open_rgb(self.content(index), self.name(index)), self._label(index)
+
+    def open(self, index: int) -> tuple[Image.Image | LazyJpeg, int | None]:
+        return open_lazily(self.content(index), self.name(index)), self._label(index)
+
+    def _label(self, index: int) -> int | None:
+        return None if self.labels is None else int(self.labels[index])
+
+    def content(self, index: int) -> bytes | Path:
+        """The bytes of a row's image, or the file that it names. Raises UnreadableImage."""
         from pyarrow import ArrowException
 
         try:
@@ -65,9 +75,18 @@ class _Rows:
             value = value.get("bytes") or value.get("path")
         if not isinstance(value, bytes | str) or not value:
             raise UnreadableImage(self.name(index), f"no image bytes but {type(value).__name__}")
-        file = self._file(value, index) if isinstance(value, str) else value
-        image = open_rgb(file, self.name(index))
-        return image, None if self.labels is None else int(self.labels[index])
+        return self._file(value, index) if isinstance(value, str) else value
+
+    def empty_rows(self) -> np.ndarray:
+        """Numbers of the rows that hold neither bytes nor a path; no image is looked at."""
+        from pyarrow import compute, types
+
+        parts = [self._images]
+        if types.is_struct(self._images.type):
+            names = [field.name for field in self._images.type]
+            parts = [compute.struct_field(self._images, n) for n in ("bytes", "path") if n in names]
+        there = [np.asarray(compute.is_valid(part)) for part in parts]
+        return np.flatnonzero(~np.any(there, axis=0))
 
     def _file(self, path: str, index: int) -> Path:
         """The file that a row names: one of the pack's, not any of this machine."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 from beit.data.dataset import Collate, KeyedDataset, SampleKey
+from beit.data.images import LazyJpeg
 from beit.data.loading import LoaderSettings
 from beit.data.token_cache import TokenCache
 from beit.data.unreadable import UnreadableImages
@@ -34,9 +35,12 @@ class TokenViewSample:
 
     def __init__(self, views: TwoViewTransform, cache: TokenCache) -> None:
         self.views = views
+        self.takes_lazy = views.scaled_decoding
         self.cache = cache
 
-    def __call__(self, image: Image.Image, label: int | None, key: SampleKey) -> tuple[Tensor, ...]:
+    def __call__(
+        self, image: Image.Image | LazyJpeg, label: int | None, key: SampleKey
+    ) -> tuple[Tensor, ...]:
         row = -1 if key.stands_in else self.cache.row(key.epoch, key.index)
         return self.views.token_view(image, key.rng("views")), torch.tensor(row)
 
@@ -85,15 +89,17 @@ def fill(
     rows = cache.missing()
     rows = rows[rows % world_size == rank]  # whatever the others have written by now
     unreadable = UnreadableImages(settings.max_unreadable_images)
+    workers = settings.num_workers if len(rows) else 0
     loader = WatchedLoader(
         KeyedDataset(data.source, TokenViewSample(views, cache), seed=data.seed),
         batch_sampler=RowBatches(
             rows, images=cache.images, batch_size=settings.batch_size_per_device
         ),
-        num_workers=settings.num_workers if len(rows) else 0,
+        num_workers=workers,
         collate_fn=Collate(TokenViewBatch),
         limit=settings.timeout_seconds,
         pin_memory=torch.cuda.is_available(),
+        **({"prefetch_factor": settings.prefetch_factor} if workers else {}),
     )
     done = left_out = 0
     with _progress(role, len(rows), shown=rank == 0) as advance:

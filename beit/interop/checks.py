@@ -18,6 +18,7 @@ from beit.printable import printable
 WHAT = {
     "mim": "a model of masked image modelling",
     "classification": "a classifier",
+    "segmentation": "a segmentation model",
     "backbone": "a backbone",
 }
 
@@ -28,6 +29,8 @@ def networks(weights: Weights) -> tuple[VisionTransformer, nn.Module]:
     backbone = VisionTransformer(**arch.arguments(), init_cut=0.02)
     if weights.kind == "mim":
         return backbone, MIMHead(arch.width, weights.num_outputs)
+    if weights.decoder is not None:
+        return backbone, weights.decoder.build(arch.width, arch.patch_size, weights.num_outputs)
     if weights.kind == "backbone":
         return backbone, Encoder(backbone, pooling=weights.pooling, norm_eps=arch.norm_eps).head
     pooling = weights.pooling
@@ -67,6 +70,9 @@ def checked(weights: Weights, path: Any, settings: Settings) -> Weights:
     for key, value in expected.items():
         _check_tensor(key, found[key], value, path)
     _check_said(weights, path, settings)
+    if odd := [key for key in expected if not torch.isfinite(found[key]).all()]:
+        more = f" and {len(odd) - 6} more" if len(odd) > 6 else ""
+        weights.report.warnings.append(f"NaN or infinite numbers in {', '.join(odd[:6])}{more}")
     weights.report.loaded, weights.report.unexpected = list(expected), unexpected
     parts = split_head({key: value for key, value in found.items() if key in expected})
     return weights.changed(backbone=parts[0], head=parts[1])
@@ -78,7 +84,8 @@ def _check_tensor(key: str, found: Tensor, expected: Tensor, path: Any) -> None:
             f"{path}: {key} has shape {list(found.shape)}, and the rest of the file says "
             f"{list(expected.shape)}"
         )
-    if not found.is_floating_point() or found.layout is not torch.strided:
+    counter = not expected.is_floating_point() and found.dtype == expected.dtype
+    if not (counter or found.is_floating_point()) or found.layout is not torch.strided:
         raise UserError(
             f"{path}: {key} is {found.dtype}, {found.layout}; expected dense numbers with a "
             "fraction: quantised and sparse weights are not read"
@@ -92,6 +99,12 @@ def _check_said(weights: Weights, path: Any, settings: Settings) -> None:
             f"{path}: {len(weights.classes)} class names for a head of {weights.num_outputs} "
             "classes; give the list of names that belongs to these weights"
         )
+    depth = weights.architecture.depth
+    if weights.decoder is not None and max(weights.decoder.taps) >= depth:
+        raise UserError(
+            f"{path}: its maps are said to be of blocks {list(weights.decoder.taps)}, and its "
+            f"blocks are 0 to {depth - 1}: say taps= with four of them"
+        )
     for name in ("num_heads", "image_size"):
         said, found = getattr(settings, name), getattr(weights.architecture, name)
         if said not in (None, found):
@@ -103,26 +116,43 @@ def _check_said(weights: Weights, path: Any, settings: Settings) -> None:
 
 def without(weights: Weights, allow: tuple[str, ...]) -> Weights:
     """The weights without the parts that are allowed to stay behind: mask token, heads."""
-    named = [key for key in weights.released() if is_allowed(key, allow)]
+    named = _named(weights, allow)
     if not named:
         return weights
     kind, pooling, arch = weights.kind, weights.pooling, weights.architecture
+    decoder = weights.decoder
     if any(key.startswith(("lm_head.", "head.")) for key in named):
         kind = "backbone"
+        decoder = None
         if weights.kind == "mim":
             pooling = "cls"
+    elif decoder and any(key.startswith("auxiliary.") for key in named):
+        decoder = replace(decoder, auxiliary=())
     if "mask_token" in named:
         arch = replace(arch, mask_token=False)
     kept = weights.changed(
         kind=kind,
         pooling=pooling,
         architecture=arch,
-        classes=weights.classes if kind == "classification" else None,
+        decoder=decoder,
+        classes=None if kind == "backbone" else weights.classes,
         backbone={k: v for k, v in weights.backbone.items() if k not in named},
         head={k: v for k, v in weights.head.items() if k not in named},
     )
     kept.report.left["as allowed"] = named
     return kept
+
+
+def _named(weights: Weights, allow: tuple[str, ...]) -> list[str]:
+    """The allowed; of segmentation whole heads, and with pyramid or head both and all others."""
+    named = [key for key in weights.released() if is_allowed(key, allow)]
+    if weights.decoder is None:
+        return named
+    parts = {key.partition(".")[0] for key in named if key in weights.head}
+    if parts & {"head", "pyramid"}:
+        parts = {"head", "pyramid", "auxiliary"}
+    whole = [key for key in weights.head if key.partition(".")[0] in parts]
+    return [key for key in named if key in weights.backbone] + whole
 
 
 def is_allowed(key: str, allow: Iterable[str]) -> bool:

@@ -39,6 +39,10 @@ def read(path: str | Path, settings: Settings | None = None) -> Weights:
     if settings.norm_eps:
         arch = replace(weights.architecture, norm_eps=settings.norm_eps)
         weights = weights.changed(architecture=arch)
+    if settings.taps is not None:
+        if weights.decoder is None:
+            raise UserError(f"taps={list(settings.taps)}: {path} is no segmentation model")
+        weights = weights.changed(decoder=replace(weights.decoder, taps=settings.taps))
     if settings.classes is not None:
         weights = weights.changed(classes=settings.classes)
     return checked(weights, path, settings)

@@ -5,6 +5,7 @@ from typing import Any
 
 from beit.data.pixels import INTERPOLATIONS
 from beit.errors import UserError
+from beit.interop.decoder import decoder_in, labels_in
 from beit.interop.fields import Fields
 from beit.interop.weights import Preprocessing, Settings, Weights
 
@@ -15,11 +16,14 @@ def facts(weights: Weights) -> dict[str, Any]:
     """Plain data: dicts, lists, numbers and text."""
     architecture = asdict(weights.architecture)
     architecture["image_size"] = list(architecture["image_size"])
-    return {
+    found = {
         "architecture": architecture,
         "preprocessing": asdict(weights.preprocessing),
         "classes": weights.classes,
     }
+    if weights.decoder is not None:
+        found |= {"decoder": asdict(weights.decoder), "labels": asdict(weights.labels)}
+    return found
 
 
 def facts_in(content: Any, path: Any) -> Fields | None:
@@ -60,8 +64,13 @@ def restored(weights: Weights, found: Fields | None) -> Weights:
         attention_drop_rate=inner.number("attention_drop_rate", 0.0),
         drop_path_rate=inner.number("drop_path_rate", 0.0),
     )
+    decoder = weights.decoder
+    if decoder is not None and "decoder" in found:
+        decoder = decoder_in(found.inner("decoder"))
     return weights.changed(
         architecture=architecture,
+        decoder=decoder,
+        labels=labels_in(found.inner("labels")) if "labels" in found else weights.labels,
         preprocessing=preprocessing_of(found.inner("preprocessing")),
         classes=found.names("classes"),
     )

@@ -77,6 +77,21 @@ class Fields:
             raise self.wrong(key, "a list of numbers")
         return tuple(float(v) for v in value)
 
+    def wholes(self, key: str, default: tuple[int, ...] = _MISSING) -> tuple[int, ...]:
+        """A few whole numbers from 0 on."""
+        value = self._value(key, default)
+        good = isinstance(value, list | tuple) and 0 < len(value) < 100
+        if not good or any(type(v) is not int or not 0 <= v <= LARGEST for v in value):
+            raise self.wrong(key, "a list of whole numbers of at least 0")
+        return tuple(value)
+
+    def several(self, key: str) -> list["Fields"]:
+        """A list of dicts, empty where there is none."""
+        value = self.content.get(key) or []
+        if not isinstance(value, list | tuple):
+            raise self.wrong(key, "a list of objects")
+        return [Fields(item, self.where) for item in value]
+
     def size(self, key: str, default: Any = _MISSING) -> tuple[int, int]:
         """(height, width) of one number, a pair, or {"height", "width"}."""
         value = self._value(key, default)

@@ -4,17 +4,19 @@ See `huggingface_names` for the names of the tensors.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
 from beit.errors import UserError
 from beit.interop.checks import check_one_norm
-from beit.interop.fields import Fields
+from beit.interop.decoder import IGNORED, Decoder, Labels, described
+from beit.interop.fields import LARGEST, Fields
 from beit.interop.huggingface_names import renamed, their_names, version
 from beit.interop.processor import preprocessing, processor
 from beit.interop.released import kind_of
-from beit.interop.segmentation import HUGGINGFACE_HEADS, set_aside
+from beit.interop.segmentation import POOL_SCALES, check_huggingface
 from beit.interop.weights import (
     Architecture,
     Kind,
@@ -28,6 +30,7 @@ from beit.models.layers import RelativePosition
 CLASSES = {
     "mim": "BeitForMaskedImageModeling",
     "classification": "BeitForImageClassification",
+    "segmentation": "BeitForSemanticSegmentation",
     "backbone": "BeitModel",
 }
 HEADS = {
@@ -41,14 +44,20 @@ def read(tensors: dict[str, Tensor], folder: "Folder", path: Any, settings: Sett
     """Tensors with the names of version 4 or 5, and the JSON files beside them."""
     config = folder.config
     report = ReadReport(layout=f"Hugging Face ({version(tensors)})")
-    ours = renamed(set_aside(tensors, HUGGINGFACE_HEADS, report), path)
+    ours = renamed(tensors, path)
     kind, _ = kind_of(ours, path)
     _check_head(config, tensors)
     arch = _architecture(config, ours, settings)
     pooling = _pooling(kind, ours, config)
-    classes = _classes(config, len(ours["head.weight"])) if kind == "classification" else None
     prepared = preprocessing(folder.processor, arch.image_size, settings, report.notes)
-    return Weights.of(ours, kind, arch, pooling, prepared, report, classes)
+    weights = Weights.of(ours, kind, arch, pooling, prepared, report)
+    if kind == "segmentation":
+        weights = weights.changed(
+            decoder=_decoder(config, weights, settings), labels=_labels(config, folder.processor)
+        )
+    if kind in ("classification", "segmentation"):
+        weights = weights.changed(classes=_classes(config, weights.num_outputs))
+    return weights
 
 
 def _check_head(config: Fields, tensors: Mapping[str, Tensor]) -> None:
@@ -60,6 +69,37 @@ def _check_head(config: Fields, tensors: Mapping[str, Tensor]) -> None:
                 f"{config.where} is of {name}, and the weights beside it have no {head}*: get them "
                 "again, or say BeitModel under architectures to take the backbone alone"
             )
+
+
+def _decoder(config: Fields, weights: Weights, settings: Settings) -> Decoder:
+    """Their head, which only a few settings change; the four blocks as the release counts them."""
+    if list(config.wholes("pool_scales", POOL_SCALES)) != list(POOL_SCALES):
+        raise config.wrong("pool_scales", f"{list(POOL_SCALES)}, as in the release")
+    if config.flag("auxiliary_concat_input", False):
+        raise config.wrong("auxiliary_concat_input", "false, as in the release")
+    taps = settings.taps
+    if taps is None:
+        key = "out_indices" if "out_indices" in config else "segmentation_indices"
+        taps = config.wholes(key)
+        trained_there = ",".join(str(max(tap - 2, 0)) for tap in taps)
+        weights.report.notes.append(
+            f"{key} is taken as the release means it, blocks counted from 0; transformers computes "
+            f"with the blocks two before: if it was trained there, say taps={trained_there}"
+        )
+    found = described(weights.head, taps)
+    if config.flag("use_auxiliary_head", True) != bool(found.auxiliary):
+        raise config.wrong("use_auxiliary_head", "what the weights beside it have")
+    weight = config.number("auxiliary_loss_weight", 0.4, high=1e3)
+    return replace(found, auxiliary_weight=weight)
+
+
+def _labels(config: Fields, processor: Fields | None) -> Labels:
+    found = processor or Fields({}, config.where)
+    older = found.flag("reduce_labels", False)  # the name before transformers 4.28
+    return Labels(
+        reduce_zero=found.flag("do_reduce_labels", older),
+        ignore_index=config.whole("semantic_loss_ignore_index", IGNORED, at_least=-LARGEST),
+    )
 
 
 class Folder:
@@ -110,7 +150,7 @@ def _check_square(arch: Architecture, what: str) -> None:
 
 
 def _pooling(kind: Kind, ours: Mapping[str, Tensor], config: Fields) -> Pooling:
-    if kind == "mim":
+    if kind in ("mim", "segmentation"):
         return "none"
     if config.flag("use_mean_pooling", True):
         return "mean" if "fc_norm.weight" in ours else "none"
@@ -139,7 +179,9 @@ def content(weights: Weights) -> tuple[dict[str, Tensor], dict[str, Any], dict[s
     """
     arch = weights.architecture
     _check_square(arch, "huggingface cannot hold this model: image_size")
-    if weights.kind == "mim":
+    if weights.decoder is not None:
+        check_huggingface(weights.decoder, arch.width)
+    elif weights.kind == "mim":
         if not arch.final_norm or not arch.mask_token:
             raise UserError(
                 "huggingface cannot hold this model: BeitForMaskedImageModeling has a final norm "
@@ -187,10 +229,28 @@ def _config(weights: Weights) -> dict[str, Any]:
         "layer_scale_init_value": arch.layer_scale,
         "use_mean_pooling": weights.pooling != "cls",
     }
+    if weights.decoder is not None:
+        config |= _decoder_config(weights.decoder, weights)
     if weights.kind == "mim":
         config["vocab_size"] = weights.num_outputs
-    if weights.kind == "classification":
+    if weights.kind in ("classification", "segmentation"):
         names = weights.classes or _no_names(weights.num_outputs)
         config["id2label"] = {str(i): name for i, name in enumerate(names)}
         config["label2id"] = {name: i for i, name in enumerate(names)}
+    return config
+
+
+def _decoder_config(decoder: Decoder, weights: Weights) -> dict[str, Any]:
+    config: dict[str, Any] = {
+        "out_indices": list(decoder.taps),
+        "pool_scales": list(POOL_SCALES),
+        # with it their bare model has no norm at its end, and the pooler is left out
+        "use_mean_pooling": not weights.architecture.final_norm,
+        "use_auxiliary_head": bool(decoder.auxiliary),
+        "auxiliary_loss_weight": decoder.auxiliary_weight,
+        "semantic_loss_ignore_index": weights.labels.ignore_index,
+    }
+    for head in decoder.auxiliary:
+        config["auxiliary_channels"] = head.arguments["channels"]
+        config["auxiliary_num_convs"] = head.arguments["num_convs"]
     return config

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from beit.errors import UserError
+from beit.interop.segmentation import from_huggingface, is_behind, to_huggingface
 from beit.interop.weights import shown
 from beit.models.transfer import TABLE
 
@@ -84,6 +85,8 @@ def renamed(tensors: Mapping[str, Tensor], path: Any) -> dict[str, Tensor]:
 
 
 def _our_name(key: str) -> str:
+    if behind := from_huggingface(key):
+        return behind
     for theirs, ours in (("lm_head.", "lm_head."), ("classifier.", "head.")):
         if key.startswith(theirs):
             return ours + key[len(theirs) :]
@@ -101,6 +104,8 @@ def _our_name(key: str) -> str:
 
 def their_names(key: str, value: Tensor, *, mim: bool) -> list[tuple[str, Tensor]]:
     """Version 4's names for one tensor of ours; "!" marks a name outside the base model."""
+    if is_behind(key):
+        return [(f"!{to_huggingface(key)}", value)]
     if key.startswith("lm_head."):
         return [(key, value)]
     if key.startswith("head."):

@@ -18,6 +18,8 @@ from beit.checkpoints.header import SCHEMA, Entry
 from beit.checkpoints.models import Checkpoint, read_checkpoint
 from beit.data.pixels import INTERPOLATIONS
 from beit.errors import UserError
+from beit.interop.decoder import Labels
+from beit.interop.decoder_config import decoder_changes, decoder_of, has_decoder, labels_of
 from beit.interop.facts import preprocessing_of
 from beit.interop.fields import Fields
 from beit.interop.weights import (
@@ -44,22 +46,27 @@ def read(path: str | Path) -> Weights:
     checkpoint = read_checkpoint(path)
     task = Fields(checkpoint.config, path).inner("task")
     node, head = task.inner("backbone"), task.inner("head")
-    kind: Kind | None = _HEADS.get(str(head.content.get("_target_")))
+    target = str(head.content.get("_target_"))
+    kind: Kind | None = _HEADS.get(target)
+    if has_decoder(task):
+        kind = "segmentation"
     if task.content.get("_target_") == _ENCODER:
         kind = "backbone"
     if node.content.get("_target_") != _BACKBONE or kind is None:
         raise UserError(
             f"{path} is a checkpoint of task {checkpoint.config.get('task_name')}, which has no "
-            "vision transformer with one of our heads: give one of task mim or classification"
+            "vision transformer with one of our heads: give one of task mim, classification or "
+            "segmentation"
         )
-    arch = _architecture(node)
-    stored = checkpoint.state_dict
+    arch, stored = _architecture(node), checkpoint.state_dict
     parts = {
         prefix: {k[len(prefix) :]: v for k, v in stored.items() if k.startswith(prefix)}
         for prefix in ("backbone.", "head.")
     }
+    if kind == "segmentation":  # whose names have the children's in front
+        parts["head."] = {k: v for k, v in stored.items() if not k.startswith("backbone.")}
     pooling: Pooling = "none"
-    if kind != "mim":
+    if kind in ("classification", "backbone"):
         where = head if kind == "classification" else task
         found = where.word("pooling", ("mean", "cls", "none"), "mean")
         pooling = "mean" if found == "mean" else "cls" if found == "cls" else "none"
@@ -69,9 +76,11 @@ def read(path: str | Path) -> Weights:
         backbone=parts["backbone."],
         head=parts["head."],
         pooling=pooling,
-        preprocessing=_preprocessing(checkpoint, arch.image_size),
-        classes=checkpoint.classes if kind == "classification" else None,
+        preprocessing=preprocessing(checkpoint, arch.image_size),
+        classes=checkpoint.classes if kind in ("classification", "segmentation") else None,
         report=ReadReport(layout=f"ours, task {checkpoint.config.get('task_name')}"),
+        decoder=decoder_of(task) if kind == "segmentation" else None,
+        labels=labels_of(checkpoint) if kind == "segmentation" else Labels(),
     )
 
 
@@ -108,6 +117,8 @@ def checkpoint(weights: Weights, path: str | Path, *, config: bool) -> Checkpoin
 
 def _tensors(weights: Weights) -> dict[str, Any]:
     found = {f"backbone.{key}": value for key, value in weights.backbone.items()}
+    if weights.decoder is not None:
+        return found | weights.head
     return found | {f"head.{key}": value for key, value in weights.head.items()}
 
 
@@ -118,7 +129,7 @@ def _entry(weights: Weights) -> dict[str, Any]:
     else:
         cfg = _config(weights)
         plain, interpolated = config.plain(cfg), OmegaConf.to_container(cfg, resolve=False)
-    return {
+    entry = {
         "schema": SCHEMA,
         "version": __version__,
         "config": plain,
@@ -127,16 +138,22 @@ def _entry(weights: Weights) -> dict[str, Any]:
         # the config has no place for the crop where nothing is classified
         "preprocessing": asdict(weights.preprocessing),
     }
+    if weights.decoder is not None:
+        # the config's are changed by whoever evaluates on other data
+        entry["labels"] = asdict(weights.labels)
+        entry["palette"] = entry["labels"].pop("palette")
+    return entry
 
 
 @functools.lru_cache(maxsize=4)
 def _base(kind: Kind) -> DictConfig:
     """A training config of the task, with what every config must say."""
-    words = ["data=folder", "batch.global_size=32", "batch.per_device=32", "trainer.max_epochs=1"]
+    data = "segmentation_folders" if kind == "segmentation" else "folder"
+    words = [f"data={data}", "batch.global_size=32", "batch.per_device=32", "trainer.max_epochs=1"]
     if kind == "mim":
         words += ["task=mim", "tokenizer=dalle", "tokenizer.encoder_path=null"]
     else:
-        words += ["task=classification"]
+        words += [f"task={kind}"]
     return config.compose([*words, "model=base", "name=converted"])
 
 
@@ -149,6 +166,8 @@ def _config(weights: Weights) -> DictConfig:
     if weights.kind == "mim":
         changes["task.head.vocab_size"] = weights.num_outputs
         changes["tokenizer.vocab_size"] = weights.num_outputs
+    elif weights.decoder is not None:
+        changes |= decoder_changes(weights, weights.decoder)
     else:
         changes["data.num_classes"] = weights.num_outputs
         changes["task.head.pooling"] = weights.pooling
@@ -159,7 +178,7 @@ def _config(weights: Weights) -> DictConfig:
         if arch.norm_eps != NORM_EPS:
             changes["task.head.norm_eps"] = arch.norm_eps
     for key, value in changes.items():
-        OmegaConf.update(cfg, key, value, force_add=True)
+        OmegaConf.update(cfg, key, value, merge=False, force_add=True)
     return cfg
 
 
@@ -206,7 +225,7 @@ def _architecture(node: Fields) -> Architecture:
     )
 
 
-def _preprocessing(checkpoint: Checkpoint, image_size: tuple[int, int]) -> Preprocessing:
+def preprocessing(checkpoint: Checkpoint, image_size: tuple[int, int]) -> Preprocessing:
     """What a converted file says, else the evaluation transform, else the normalisation."""
     if "preprocessing" in checkpoint.entry:
         return preprocessing_of(Fields(checkpoint.entry, checkpoint.path).inner("preprocessing"))
@@ -217,6 +236,8 @@ def _preprocessing(checkpoint: Checkpoint, image_size: tuple[int, int]) -> Prepr
     if view.content.get("crop_pct") != "auto":
         share = view.number("crop_pct", share, low=0.01)
     squash = view.word("crop_mode", ("center", "squash"), "center") == "squash"
+    if "short_side" in view:  # of segmentation, which cuts nothing off
+        share, squash = 1.0, True
     if share == 1.0 and max(image_size) <= 32:  # there the transform is a plain resize
         squash = True
     plain = Preprocessing()

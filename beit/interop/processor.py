@@ -92,5 +92,5 @@ def processor(weights: Weights) -> dict[str, Any]:
         "do_normalize": True,
         "image_mean": list(plain.mean),
         "image_std": list(plain.std),
-        "do_reduce_labels": False,
+        "do_reduce_labels": weights.labels.reduce_zero,
     }

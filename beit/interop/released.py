@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from beit.errors import UserError
+from beit.interop.decoder import LAST
 from beit.interop.weights import (
     NORMALIZATIONS,
     Architecture,
@@ -64,10 +65,13 @@ def describe(
 
 def kind_of(tensors: Mapping[str, Tensor], path: Any) -> tuple[Kind, Pooling]:
     """By the heads there are. Raises UserError for one that is no matrix."""
-    for key in ("lm_head.weight", "head.weight"):
-        if key in tensors and tensors[key].ndim != 2:
+    last = f"head.{LAST}"
+    for key, sides in (("lm_head.weight", 2), ("head.weight", 2), (last, 4)):
+        if key in tensors and tensors[key].ndim != sides:
             shape = list(tensors[key].shape)
             raise UserError(f"{path}: {key} has shape {shape}; expected classes by width")
+    if last in tensors:
+        return "segmentation", "none"
     if "lm_head.weight" in tensors:
         return "mim", "none"
     pooling: Pooling = "none"

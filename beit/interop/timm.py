@@ -63,6 +63,11 @@ def content(weights: Weights) -> tuple[dict[str, Tensor], dict[str, Any]]:
             "timm's Beit has neither a mask_token nor a head of visual tokens (lm_head): to write "
             "the backbone alone say allow=mask_token,lm_head"
         )
+    if weights.kind == "segmentation":
+        raise UserError(
+            "timm has no segmentation model, and its Beit no place for the backbone alone, which "
+            "has neither norm nor fc_norm"
+        )
     if weights.architecture.mask_token:
         raise UserError("timm's Beit has no mask_token: to leave it behind say allow=mask_token")
     check_one_norm(weights, "timm")

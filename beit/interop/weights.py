@@ -7,17 +7,19 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from beit.interop.decoder import LAST, Decoder, Labels
 from beit.models.layers import NORM_EPS, RelativePosition
 from beit.models.transfer import INDEX, TransferReport, abbreviate
 from beit.printable import printable
 
-Kind = Literal["mim", "classification", "backbone"]
+Kind = Literal["mim", "classification", "segmentation", "backbone"]
 Pooling = Literal["mean", "cls", "none"]
 
 HALF = (0.5, 0.5, 0.5)  # what the released ImageNet-22k weights were trained with
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 NORMALIZATIONS = {"half": (HALF, HALF), "imagenet": (IMAGENET_MEAN, IMAGENET_STD)}
-HEADS = ("lm_head.", "fc_norm.", "head.")  # what is no part of the backbone, in released names
+# what is no part of the backbone, in released names and, of segmentation, in ours
+HEADS = ("lm_head.", "fc_norm.", "head.", "pyramid.", "auxiliary.")
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,7 @@ class Settings:
     normalize: str | None = None
     norm_eps: float | None = None
     classes: list[str] | None = None
+    taps: tuple[int, ...] | None = None  # of segmentation: blocks from 0
     allow: tuple[str, ...] = ()  # names, or beginnings of names, of tensors that may stay behind
 
 
@@ -113,12 +116,14 @@ class ReadReport(TransferReport):
         recomputed: index buffers, worked out from the grid.
         left: reason -> tensors that are known and not carried.
         notes: what the file does not tell and was assumed.
+        warnings: what is there and should not be.
     """
 
     layout: str = ""
     recomputed: list[str] = field(default_factory=list)
     left: dict[str, list[str]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
     def rows(self) -> list[tuple[str, str, str]]:
         rows = [("read as", "", self.layout), *super().rows()]
@@ -136,7 +141,8 @@ class ReadReport(TransferReport):
         rows = []
         for reason, keys in self.left.items():
             rows.append(("left behind", str(len(keys)), f"{abbreviate(keys)}: {reason}"))
-        return rows + [("note", "", note) for note in self.notes]
+        rows += [("note", "", note) for note in self.notes]
+        return rows + [("warning", "", warning) for warning in self.warnings]
 
 
 @dataclass
@@ -144,9 +150,11 @@ class Weights:
     """What a file holds, in no layout in particular.
 
     Attributes:
-        backbone, head: tensors under the names that `VisionTransformer` and our heads have.
-        pooling: "none" for `kind` "mim".
+        backbone, head: tensors under the names that `VisionTransformer` and our heads have; of
+            segmentation `head` has all that is behind the backbone, see `decoder`.
+        pooling: "none" for `kind` "mim" and "segmentation".
         classes: K names, or None.
+        decoder: of segmentation alone.
     """
 
     kind: Kind
@@ -157,6 +165,8 @@ class Weights:
     preprocessing: Preprocessing = field(default_factory=Preprocessing)
     classes: list[str] | None = None
     report: ReadReport = field(default_factory=ReadReport)
+    decoder: Decoder | None = None
+    labels: Labels = field(default_factory=Labels)
 
     @classmethod
     def of(
@@ -177,8 +187,12 @@ class Weights:
 
     @property
     def num_outputs(self) -> int:
-        """V of a MIM head, K of a classifier, 0 of a backbone."""
-        keys = {"mim": "lm_head.weight", "classification": "head.weight"}
+        """V of a MIM head, K of a classifier and of segmentation, 0 of a backbone."""
+        keys = {
+            "mim": "lm_head.weight",
+            "classification": "head.weight",
+            "segmentation": f"head.{LAST}",
+        }
         return len(self.head[keys[self.kind]]) if self.kind in keys else 0
 
     def released(self) -> dict[str, Tensor]:

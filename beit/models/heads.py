@@ -32,6 +32,23 @@ class MIMHead(nn.Module):
         return self.lm_head(features[:, 1:][mask.flatten(1)])
 
 
+class PixelHead(nn.Module):
+    """One Linear to the pixels of a patch, at the chosen patches only (BEiT, table 4).
+
+    Weights start as MIMHead's.
+    """
+
+    def __init__(self, width: int, patch_size: int) -> None:
+        super().__init__()
+        self.decoder = nn.Linear(width, 3 * patch_size**2)
+        truncated_normal_(self.decoder.weight, std=0.02, cut=0.02)
+        nn.init.zeros_(self.decoder.bias)
+
+    def forward(self, features: Tensor, mask: Tensor) -> Tensor:
+        """Features (B,1+N,D) and mask (B,h,w) bool -> pixels (M,3·patch_size²), as of MIMHead."""
+        return self.decoder(features[:, 1:][mask.flatten(1)])
+
+
 class ClassificationHead(nn.Module):
     """Class logits from the mean of the patch tokens, normalised, or from CLS.
 

@@ -7,11 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from beit.models.position import (
-    gather_relative_bias,
-    relative_position_index,
-    relative_table_rows,
-)
+from beit.models.drop_path import add_rows
+from beit.models.position import BiasTable, Grid
 
 NORM_EPS = 1e-6
 
@@ -37,20 +34,18 @@ class PatchEmbedding(nn.Module):
         return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
 
 
-class Attention(nn.Module):
+class Attention(BiasTable):
     """Multi-head self-attention with q and v bias; `table_grid` gives the block its own bias table.
 
     A bias of k would cancel in the softmax: there is none.
     """
-
-    relative_position_index: Tensor
 
     def __init__(
         self,
         width: int,
         num_heads: int,
         *,
-        table_grid: tuple[int, int] | None,
+        table_grid: Grid | None,
         drop_rate: float,
         attention_drop_rate: float,
     ) -> None:
@@ -64,24 +59,16 @@ class Attention(nn.Module):
         self.q_bias = nn.Parameter(torch.zeros(width))
         self.v_bias = nn.Parameter(torch.zeros(width))
         self.proj = nn.Linear(width, width)
-        self.relative_position_bias_table: nn.Parameter | None = None
         if table_grid is not None:
-            rows = relative_table_rows(table_grid)
-            self.relative_position_bias_table = nn.Parameter(torch.zeros(rows, num_heads))
-            index = relative_position_index(table_grid)
-            self.register_buffer("relative_position_index", index, persistent=False)
+            self.add_table(table_grid, num_heads)
 
-    def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """x (B,1+N,D) and the shared bias (heads,1+N,1+N) -> (B,1+N,D)."""
+    def forward(self, x: Tensor, bias: Tensor | None, grid: Grid | None = None) -> Tensor:
+        """x (B,1+N,D) and the shared bias (heads,1+N,1+N) -> (B,1+N,D).
+
+        `grid` (h,w) is that of x, where it is not the own table's.
+        """
         batch, tokens, width = x.shape
-        qkv_bias = torch.cat([self.q_bias, torch.zeros_like(self.v_bias), self.v_bias])
-        qkv = F.linear(x, self.qkv.weight, qkv_bias)
-        qkv = qkv.view(batch, tokens, 3, self.num_heads, self.head_dim)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, heads, 1+N, head dim)
-        if self.relative_position_bias_table is not None:
-            bias = gather_relative_bias(
-                self.relative_position_bias_table, self.relative_position_index
-            ).to(q.dtype)
+        q, k, v, bias = self._inputs(x, bias, grid)
         drop_rate = self.attention_drop_rate if self.training else 0.0
         if x.device.type == "cpu" and (torch.is_grad_enabled() or q.dtype == torch.bfloat16):
             out = explicit_attention(q, k, v, bias, self.scale, drop_rate)
@@ -90,6 +77,32 @@ class Attention(nn.Module):
             out = F.scaled_dot_product_attention(q, k, v, mask, drop_rate, scale=self.scale)
         out = self.proj(out.transpose(1, 2).reshape(batch, tokens, width))
         return F.dropout(out, self.drop_rate, self.training)
+
+    def probabilities(self, x: Tensor, bias: Tensor | None, grid: Grid | None = None) -> Tensor:
+        """Arguments of `forward` -> (B,heads,1+N,1+N): how much each query takes of each key."""
+        q, k, _, bias = self._inputs(x, bias, grid)
+        return attention_probabilities(q, k, bias, self.scale)
+
+    def _inputs(
+        self, x: Tensor, bias: Tensor | None, grid: Grid | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """q, k, v (B,heads,1+N,head dim) and the bias (heads,1+N,1+N), the own table's if any."""
+        batch, tokens, _ = x.shape
+        qkv_bias = torch.cat([self.q_bias, torch.zeros_like(self.v_bias), self.v_bias])
+        qkv = F.linear(x, self.qkv.weight, qkv_bias)
+        qkv = qkv.view(batch, tokens, 3, self.num_heads, self.head_dim)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        if self.relative_position_bias_table is not None:
+            bias = self.table_bias(grid).to(q.dtype)
+        return q, k, v, bias
+
+
+def attention_probabilities(q: Tensor, k: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    """softmax(q kᵀ · scale + bias) for (B, heads, 1+N, head dim)."""
+    scores = (q * scale) @ k.transpose(-2, -1)
+    if bias is not None:
+        scores += bias  # the product's backward doesn't read its output
+    return scores.softmax(dim=-1)
 
 
 def explicit_attention(
@@ -101,11 +114,7 @@ def explicit_attention(
     bias that needs a gradient sends it down a path of extra passes. Without gradients it is 1.8
     times slower in bf16 and twice as fast in float32. On GPUs it is the one to use.
     """
-    scores = (q * scale) @ k.transpose(-2, -1)
-    if bias is not None:
-        scores += bias  # the product's backward doesn't read its output
-    probabilities = F.dropout(scores.softmax(dim=-1), drop_rate)
-    return probabilities @ v
+    return F.dropout(attention_probabilities(q, k, bias, scale), drop_rate) @ v
 
 
 class MLP(nn.Module):
@@ -133,7 +142,7 @@ class Block(nn.Module):
         num_heads: int,
         *,
         mlp_ratio: float,
-        table_grid: tuple[int, int] | None,
+        table_grid: Grid | None,
         layer_scale: float,
         drop_rate: float,
         attention_drop_rate: float,
@@ -155,14 +164,22 @@ class Block(nn.Module):
         self.gamma_1 = nn.Parameter(torch.full((width,), layer_scale)) if layer_scale else None
         self.gamma_2 = nn.Parameter(torch.full((width,), layer_scale)) if layer_scale else None
 
-    def forward(self, x: Tensor, bias: Tensor | None, kept: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        bias: Tensor | None,
+        kept: Tensor | None = None,
+        grid: Grid | None = None,
+    ) -> Tensor:
         """x (B,1+N,D) and the shared bias (heads,1+N,1+N) -> (B,1+N,D).
 
         `kept` (2,B) bool says which samples keep the two branches in training; without it they are
-        drawn from torch's generator.
+        drawn from torch's generator. `grid` (h,w) is that of x, where it is not the own table's.
         """
         first, second = (None, None) if kept is None else kept
-        x = self._residual(x, lambda rows: self.attn(self.norm1(rows), bias), self.gamma_1, first)
+        x = self._residual(
+            x, lambda rows: self.attn(self.norm1(rows), bias, grid), self.gamma_1, first
+        )
         return self._residual(x, lambda rows: self.mlp(self.norm2(rows)), self.gamma_2, second)
 
     def _residual(
@@ -183,5 +200,5 @@ class Block(nn.Module):
             # a dropped branch is not computed at all; elsewhere reading `kept` would stall
             rows = kept.nonzero().squeeze(1)
             added = branch(x.index_select(0, rows)) * scale
-            return x.index_add(0, rows, added.to(x.dtype))
+            return add_rows(x, rows, added.to(x.dtype))
         return x + branch(x) * kept.to(x.dtype)[:, None, None] * scale

@@ -1,5 +1,8 @@
 """Relative and absolute positions of patches: index, gathering, resizing to another grid."""
 
+from collections.abc import Callable
+from functools import lru_cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -7,6 +10,9 @@ from torch import Tensor, nn
 from beit.errors import UserError
 
 NUM_CLS_ROWS = 3  # last rows of a table: CLS -> patch, patch -> CLS, CLS -> CLS
+_KEPT_GRIDS = 8  # of each table or embedding, without gradient
+
+Grid = tuple[int, int]
 
 
 def relative_table_rows(grid: tuple[int, int]) -> int:
@@ -41,21 +47,84 @@ def gather_relative_bias(table: Tensor, index: Tensor) -> Tensor:
     return bias.view(table.shape[1], num_tokens, num_tokens)
 
 
-class RelativePositionBias(nn.Module):
-    """One bias table for all blocks, as in the pretraining model; zero at the start."""
+class BiasTable(nn.Module):
+    """A module with a table of relative position bias, zero at the start, under the released key.
+
+    `relative_position_bias_table` is None until `add_table` makes one for a grid (h, w).
+    """
 
     relative_position_index: Tensor
 
-    def __init__(self, grid: tuple[int, int], num_heads: int) -> None:
+    def __init__(self) -> None:
         super().__init__()
+        self.relative_position_bias_table: nn.Parameter | None = None
+
+    def add_table(self, grid: Grid, num_heads: int) -> None:
+        self.table_grid = grid
         rows = relative_table_rows(grid)
         self.relative_position_bias_table = nn.Parameter(torch.zeros(rows, num_heads))
         index = relative_position_index(grid)
         self.register_buffer("relative_position_index", index, persistent=False)
+        self._resized_table = ResizedPositions(resize_relative_table)
 
-    def forward(self) -> Tensor:
+    def table_bias(self, grid: Grid | None) -> Tensor:
+        """Bias (heads, 1+N, 1+N) of the table's own grid, or (`grid`) of another."""
+        table = self.relative_position_bias_table
+        assert table is not None
+        if grid is None:
+            return gather_relative_bias(table, self.relative_position_index)
+        resized = self._resized_table(table, self.table_grid, grid)
+        return gather_relative_bias(resized, _index_on(grid, table.device))
+
+
+class RelativePositionBias(BiasTable):
+    """One bias table for all blocks, as in the pretraining model."""
+
+    def __init__(self, grid: Grid, num_heads: int) -> None:
+        super().__init__()
+        self.add_table(grid, num_heads)
+
+    def forward(self, grid: Grid | None = None) -> Tensor:
         """Bias (heads, 1+N, 1+N), added to the attention logits of every block."""
-        return gather_relative_bias(self.relative_position_bias_table, self.relative_position_index)
+        return self.table_bias(grid)
+
+
+class ResizedPositions:
+    """Positions resized to other grids; kept while they stay as they are and no gradient is asked.
+
+    Whether they have stayed is told by comparing them: writing through `.data`, as averaging of
+    weights does, leaves no other trace.
+    """
+
+    def __init__(self, resize: Callable[[Tensor, Grid, Grid], Tensor]) -> None:
+        self.resize = resize
+        self._positions = torch.empty(0)
+        self._kept: dict[Grid, Tensor] = {}
+
+    def __call__(self, positions: Tensor, source: Grid, target: Grid) -> Tensor:
+        """Positions of the grid `source` for the grid `target`."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self.resize(positions, source, target)
+        if not self._are(positions):
+            self._positions = positions.clone()
+            self._kept.clear()
+        if target not in self._kept:
+            if len(self._kept) == _KEPT_GRIDS:
+                del self._kept[next(iter(self._kept))]
+            self._kept[target] = self.resize(positions, source, target)
+        return self._kept[target]
+
+    def _are(self, positions: Tensor) -> bool:
+        kept = self._positions
+        same_kind = (kept.device, kept.dtype) == (positions.device, positions.dtype)
+        return same_kind and torch.equal(kept, positions)
+
+
+@lru_cache(maxsize=2)  # of a large grid it takes 100 MB
+def _index_on(grid: Grid, device: torch.device) -> Tensor:
+    # training could not use a tensor that was made in inference mode
+    with torch.inference_mode(False), torch.device("cpu"):
+        return relative_position_index(grid).to(device)
 
 
 def resize_position_embedding(
@@ -112,6 +181,12 @@ def spline_weights(knots: Tensor, points: Tensor) -> Tensor:
     return torch.linalg.solve(basis(knots).t(), basis(points).t()).t()
 
 
+@lru_cache(maxsize=64)
+def _axis_weights_on(source: int, target: int, device: torch.device) -> Tensor:
+    with torch.inference_mode(False), torch.device("cpu"):
+        return _axis_weights(source, target).to(device)
+
+
 def _axis_weights(source: int, target: int) -> Tensor:
     """Resizing matrix (2*target-1, 2*source-1) of an axis, from `source` to `target` patches."""
     if source == target:
@@ -134,7 +209,7 @@ def resize_relative_table(
 
     Geometric interpolation of the released code, on each axis by itself, so that grids need not be
     square; the three CLS rows are kept. To a smaller grid the ratio stays at its floor of 1.01 and
-    the far offsets fall away.
+    the far offsets fall away. Gradients pass through.
 
     Raises:
         UserError: a side of fewer than 3 patches that has to change.
@@ -142,7 +217,9 @@ def resize_relative_table(
     assert table.shape[0] == relative_table_rows(source), (table.shape, source)
     offsets, cls_rows = table[:-NUM_CLS_ROWS], table[-NUM_CLS_ROWS:]
     heads = table.shape[1]
-    surface = offsets.double().cpu().view(2 * source[0] - 1, 2 * source[1] - 1, heads)
-    rows, columns = _axis_weights(source[0], target[0]), _axis_weights(source[1], target[1])
+    surface = offsets.double().view(2 * source[0] - 1, 2 * source[1] - 1, heads)
+    rows, columns = (
+        _axis_weights_on(old, new, surface.device) for old, new in zip(source, target, strict=True)
+    )
     resized = torch.einsum("ay,bx,yxh->abh", rows, columns, surface)
     return torch.cat([resized.reshape(-1, heads).to(table), cls_rows])

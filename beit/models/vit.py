@@ -10,7 +10,12 @@ from torch.utils.checkpoint import checkpoint
 from beit.errors import UserError
 from beit.models.drop_path import kept_branches, thresholds
 from beit.models.layers import NORM_EPS, Block, PatchEmbedding, RelativePosition
-from beit.models.position import RelativePositionBias
+from beit.models.position import (
+    Grid,
+    RelativePositionBias,
+    ResizedPositions,
+    resize_position_embedding,
+)
 from beit.sizes import height_width, patch_grid
 
 
@@ -31,6 +36,8 @@ class VisionTransformer(nn.Module):
         norm_eps: of every LayerNorm; 1e-6 in the released weights, transformers' default is 1e-12.
         activation_checkpointing: keep only the blocks' inputs for the backward pass and work the
             rest out again: much less memory, a third more work, the same gradients.
+        any_size: take images of any multiple of `patch_size`: bias tables (geometrically) and
+            positions (bicubically) are resized on the way, gradients pass through.
         init_std, init_cut: weights are normal with this deviation, redrawn beyond ±init_cut.
             Pretraining cuts at ±0.02, one deviation, which leaves 0.0108; fine-tuning at ±2.
 
@@ -66,6 +73,7 @@ class VisionTransformer(nn.Module):
         init_std: float = 0.02,
         init_cut: float,
         activation_checkpointing: bool = False,
+        any_size: bool = False,
     ) -> None:
         super().__init__()
         self.image_size = height_width(image_size)
@@ -74,6 +82,7 @@ class VisionTransformer(nn.Module):
         self.width, self.depth, self.num_heads = width, depth, num_heads
         self.drop_rate = drop_rate
         self.activation_checkpointing = activation_checkpointing
+        self.any_size = any_size
         _check_sizes(width, depth, num_heads)
         _check_rates(drop_rate, attention_drop_rate, drop_path_rate)
         for name, value in {
@@ -92,6 +101,7 @@ class VisionTransformer(nn.Module):
         self.pos_embed = (
             nn.Parameter(torch.zeros(1, num_tokens, width)) if absolute_position else None
         )
+        self._resized_positions = ResizedPositions(resize_position_embedding)
         self.patch_embed = PatchEmbedding(patch_size, in_channels, width)
         self.rel_pos_bias = (
             RelativePositionBias(self.grid, num_heads) if relative_position == "shared" else None
@@ -125,10 +135,11 @@ class VisionTransformer(nn.Module):
             UserError: an image or mask of another size, or a mask for a model without mask token.
         """
         x = self._embed(images, mask)
-        bias = self._shared_bias(x)
+        grid = self._other_grid(images)
+        bias = self._shared_bias(x, grid)
         kept = self._kept_branches(len(x))
         for i, block in enumerate(self.blocks):
-            x = self._run(block, x, bias, None if kept is None else kept[i])
+            x = self._run(block, x, bias, None if kept is None else kept[i], grid)
         return self.norm(x)
 
     def forward_blocks(
@@ -146,19 +157,27 @@ class VisionTransformer(nn.Module):
                 f"taps {list(taps)} must name blocks 0 to {self.depth - 1}, at least one"
             )
         x = self._embed(images, mask)
-        bias = self._shared_bias(x)
+        grid = self._other_grid(images)
+        bias = self._shared_bias(x, grid)
         outputs: dict[int, Tensor] = {}
         kept = self._kept_branches(len(x))
         for i, block in enumerate(self.blocks[: max(taps) + 1]):
-            x = self._run(block, x, bias, None if kept is None else kept[i])
+            x = self._run(block, x, bias, None if kept is None else kept[i], grid)
             if i in taps:
                 outputs[i] = x
         return [outputs[tap] for tap in taps]
 
-    def _run(self, block: nn.Module, x: Tensor, bias: Tensor | None, kept: Tensor | None) -> Tensor:
+    def _run(
+        self,
+        block: nn.Module,
+        x: Tensor,
+        bias: Tensor | None,
+        kept: Tensor | None,
+        grid: Grid | None,
+    ) -> Tensor:
         if self.activation_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, x, bias, kept, use_reentrant=False)
-        return block(x, bias, kept)
+            return checkpoint(block, x, bias, kept, grid, use_reentrant=False)
+        return block(x, bias, kept, grid)
 
     def _embed(self, images: Tensor, mask: Tensor | None) -> Tensor:
         self._check_input(images, mask)
@@ -167,7 +186,7 @@ class VisionTransformer(nn.Module):
             patches = torch.where(mask.flatten(1)[..., None], self.mask_token, patches)
         x = torch.cat([self.cls_token.expand(len(patches), -1, -1), patches], dim=1)
         if self.pos_embed is not None:
-            x = x + self.pos_embed
+            x = x + self._positions(self._other_grid(images))
         return nn.functional.dropout(x, self.drop_rate, self.training)
 
     @torch.compiler.disable  # its 64-bit arithmetic is beyond inductor's C++
@@ -178,16 +197,32 @@ class VisionTransformer(nn.Module):
         assert len(self.sample_keys) == batch, "the keys are of another batch"
         return kept_branches(self.sample_keys, self.drop_limits)
 
-    def _shared_bias(self, x: Tensor) -> Tensor | None:
+    def _positions(self, grid: Grid | None) -> Tensor:
+        assert self.pos_embed is not None
+        if grid is None:
+            return self.pos_embed
+        return self._resized_positions(self.pos_embed, self.grid, grid)
+
+    def _grid_of(self, images: Tensor) -> Grid:
+        return images.shape[2] // self.patch_size, images.shape[3] // self.patch_size
+
+    def _other_grid(self, images: Tensor) -> Grid | None:
+        """The grid (h,w) of the images where it is not the model's own."""
+        grid = self._grid_of(images)
+        return None if grid == self.grid else grid
+
+    def _shared_bias(self, x: Tensor, grid: Grid | None) -> Tensor | None:
         """The shared bias (heads,1+N,1+N), gathered and cast once for all blocks."""
         if self.rel_pos_bias is None:
             return None
         device = x.device.type
         autocast = torch.is_autocast_enabled(device)
-        return self.rel_pos_bias().to(torch.get_autocast_dtype(device) if autocast else x.dtype)
+        return self.rel_pos_bias(grid).to(torch.get_autocast_dtype(device) if autocast else x.dtype)
 
     def _check_input(self, images: Tensor, mask: Tensor | None) -> None:
-        if images.ndim != 4 or tuple(images.shape[2:]) != self.image_size:
+        if self.any_size:
+            self._check_multiple(images)
+        elif images.ndim != 4 or tuple(images.shape[2:]) != self.image_size:
             raise UserError(
                 f"images of shape {tuple(images.shape)}: this model takes (B, C, H, W) with H, W ="
                 f" {self.image_size}; resize the images or build the model with their size"
@@ -198,10 +233,19 @@ class VisionTransformer(nn.Module):
             raise UserError(
                 "a mask was given to a model without mask token; build it with mask_token=True"
             )
-        if tuple(mask.shape) != (len(images), *self.grid) or mask.dtype != torch.bool:
+        expected = (len(images), *self._grid_of(images))
+        if tuple(mask.shape) != expected or mask.dtype != torch.bool:
             raise UserError(
                 f"mask of shape {tuple(mask.shape)} and type {mask.dtype}: expected bool of shape"
-                f" {(len(images), *self.grid)} (B, h, w)"
+                f" {expected} (B, h, w)"
+            )
+
+    def _check_multiple(self, images: Tensor) -> None:
+        sides, patch = tuple(images.shape[2:]), self.patch_size
+        if images.ndim != 4 or min(sides) < patch or any(side % patch for side in sides):
+            raise UserError(
+                f"images of shape {tuple(images.shape)}: this model takes (B, C, H, W) with H and W"
+                f" multiples of the patch size {patch}; pad or resize the images"
             )
 
     @torch.no_grad()

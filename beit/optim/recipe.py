@@ -5,6 +5,7 @@ import math
 import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import nn
@@ -12,12 +13,12 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from beit.errors import UserError
 from beit.optim.groups import parameter_groups
-from beit.optim.schedules import warmup_cosine
+from beit.optim.schedules import SCHEDULES
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdamWRecipe:
-    """AdamW with warm-up and cosine, stepped once per optimizer step.
+    """AdamW with warm-up and a falling rate, stepped once per optimizer step.
 
     Args:
         lr: peak learning rate of the recipe's global batch; never scaled by the batch here.
@@ -25,10 +26,11 @@ class AdamWRecipe:
         weight_decay: of matrices, bias tables and the mask token (see `groups`).
         warmup_epochs, warmup_steps: length of the warm-up in one unit or the other.
         layer_decay: rate of a layer relative to the one above it; 1.0 is off.
+        schedule: how the rate falls: "cosine", or "linear" as in segmentation (see `schedules`).
 
     Raises:
         UserError: no number where one is due, rates, decays or betas out of range, warm-up given
-            in both units.
+            in both units, an unknown schedule.
     """
 
     lr: float
@@ -39,6 +41,7 @@ class AdamWRecipe:
     warmup_epochs: float = 0.0
     warmup_steps: int = 0
     layer_decay: float = 1.0
+    schedule: Literal["cosine", "linear"] = "cosine"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "betas", tuple(self.betas))  # a YAML list must do
@@ -68,6 +71,10 @@ class AdamWRecipe:
             not (self.warmup_epochs and self.warmup_steps),
             f"warmup_epochs {self.warmup_epochs} and warmup_steps {self.warmup_steps} exclude each"
             " other; set one of them to 0",
+        )
+        _require(
+            self.schedule in SCHEDULES,
+            f"schedule {self.schedule!r} must be one of {', '.join(SCHEDULES)}",
         )
 
     def build(
@@ -103,13 +110,23 @@ class AdamWRecipe:
         optimizer._step_supports_amp_scaling = False
         # relative to lr, so that one form serves every group and scales its min_lr too
         factor = functools.partial(
-            warmup_cosine,
+            SCHEDULES[self.schedule],
             total_steps=total_steps,
             warmup_steps=warmup_steps,
             lr=1.0,
             min_lr=self.min_lr / self.lr,
         )
         return optimizer, LambdaLR(optimizer, lambda step: factor(step))
+
+    def rate_at(self, step: int, *, steps_per_epoch: float, total_steps: int) -> float:
+        """Learning rate of a step, before layer decay, in the closed form of the schedule."""
+        return SCHEDULES[self.schedule](
+            step,
+            total_steps=total_steps,
+            warmup_steps=self.warmup_length(steps_per_epoch, total_steps),
+            lr=self.lr,
+            min_lr=self.min_lr,
+        )
 
     def warmup_length(self, steps_per_epoch: float, total_steps: int) -> int:
         """Optimizer steps of the warm-up; UserError where the run is shorter than that."""

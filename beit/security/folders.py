@@ -5,6 +5,7 @@ current folder, or a `paths.output_dir` outside of that, is for the user to type
 configs/local. Links are followed before anything is compared.
 """
 
+import itertools
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ from beit.security import limits, targets
 OURS = ("paths.runs_dir", "paths.output_dir")
 # nodes whose objects write; what they write lies in the run's folder
 WRITERS = ("callbacks", "logger", "trainer", "job")
+DOWNLOADING = ("data", "labelled")  # groups whose sources may download
 # rooms whose objects may write; in another group nobody would look at where
 _WRITING = ("lightning.", "beit.callbacks.", "beit.checkpoints.", "beit.job.", "beit.loggers.")
 # arguments that are a folder or a file of their own, not a name within one
@@ -70,8 +72,9 @@ def check_places(content: Any) -> None:
             raise UserError(
                 f"{key}: {node['_target_']} writes, and may only stand in {', '.join(WRITERS)}"
             )
-        if node.get("download") and place[:1] != ("data",):
-            raise UserError(f"{key}.download: only what stands in data may download")
+        if node.get("download") and place[:1] not in {(group,) for group in DOWNLOADING}:
+            where = " or ".join(DOWNLOADING)
+            raise UserError(f"{key}.download: only what stands in {where} may download")
 
 
 def _typed(cfg: DictConfig, words: list[str]) -> set[str]:
@@ -165,7 +168,8 @@ def check_downloads(cfg: DictConfig, words: list[str]) -> None:
     """Data sets are downloaded below paths.data_dir, which is the user's to choose as well."""
     typed = _typed(cfg, words)
     data = _value(cfg, "paths.data_dir")
-    for place, source in targets.nodes(_resolved(cfg, "data"), ("data",)):
+    sources = (targets.nodes(_resolved(cfg, group), (group,)) for group in DOWNLOADING)
+    for place, source in itertools.chain.from_iterable(sources):
         key, root = f"{'.'.join(map(str, place))}.root", str(source.get("root", ""))
         if not source.get("download") or key in typed:
             continue

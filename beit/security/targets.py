@@ -21,6 +21,7 @@ TRUST = "BEIT_TRUST"  # in the environment: the processes of a job inherit it
 ROOMS: tuple[str, ...] = (
     "beit.callbacks.",
     "beit.data.",
+    "beit.evaluation.",
     "beit.models.",
     "beit.optim.",
     "beit.tasks.",
@@ -29,8 +30,14 @@ ROOMS += ("beit.loggers.", "beit.tokenizers.", "beit.job.settings.", "beit.check
 CLOSED = ("beit.tokenizers.pickles.",)  # rooms within those that are not for configs
 FUNCTIONS = frozenset({"beit.data.sources.few_labels", "beit.tokenizers.dvae.load_dvae"})
 # what a checkpoint's config may build when its network, or its transform, alone is asked for
-NETWORKS = ("beit.models.", "beit.optim.", "beit.tasks.", "beit.tokenizers.", "torch.nn.")
-TRANSFORMS = ("beit.data.views.", "torchvision.transforms.")
+NETWORKS = (
+    *("beit.evaluation.", "beit.models.", "beit.optim.", "beit.tasks.", "beit.tokenizers."),
+    "torch.nn.",
+)
+TRANSFORMS = (
+    *("beit.data.views.", "beit.data.classification_views.", "beit.data.segmentation_views."),
+    "torchvision.transforms.",
+)
 
 
 def _names(module: str, classes: str) -> set[str]:

@@ -99,3 +99,10 @@ class TokenHistogram(Metric):
         counts = self.compute().double()
         shares = counts / counts.sum().clamp(min=1)
         return torch.special.entr(shares).sum().exp().float()
+
+    def named(self) -> dict[str, Tensor]:
+        """What guessing the commonest token reaches, and of how many tokens."""
+        return {
+            "commonest_token_acc": self.commonest_share(),
+            "token_perplexity": self.perplexity(),
+        }

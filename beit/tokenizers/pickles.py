@@ -197,6 +197,8 @@ LEGACY_GLOBALS: dict[str, Any] = {
     "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
     "torch._utils._rebuild_parameter": lambda data, *unused: data,
     "torch.FloatStorage": torch.float32,
+    "torch.DoubleStorage": torch.float64,
+    "torch.BFloat16Storage": torch.bfloat16,
     "torch.HalfStorage": torch.float16,
     "torch.LongStorage": torch.int64,
 }

@@ -22,16 +22,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from beit.models.heads import ClassificationHead, MIMHead
+from beit.models.pyramid import FeaturePyramid
+from beit.models.segmentation import FCNHead, UPerNetHead, resize
 from beit.models.vit import VisionTransformer
 from scripts.bench.settings import DROP_PATH, LAYER_SCALE, PATCH_SIZE, VOCAB_SIZE, Settings, Shape
 
 CLASSES = 1000
+SEGMENTATION_CLASSES, AUXILIARY_WEIGHT = 150, 0.4  # as in the released segmentation
+CHECKPOINTED = "ours, activation checkpointing"
 
 
 class OursMIM(nn.Module):
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, shape: Shape, *, checkpointing: bool = False) -> None:
         super().__init__()
         self.backbone = _backbone(shape, pretraining=True)
+        self.backbone.activation_checkpointing = checkpointing
         self.head = MIMHead(shape.width, VOCAB_SIZE)
 
     def forward(self, images: Tensor, mask: Tensor, token_ids: Tensor) -> Tensor:
@@ -114,6 +119,53 @@ class Classifier(nn.Module):
         return getattr(output, "logits", output)  # transformers wraps them
 
 
+class OursSegmentation(nn.Module):
+    """The task's own loss, but for the mean over pixels in place of their sum."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        width = shape.width
+        self.backbone = _backbone(shape, pretraining=False)
+        self.pyramid = FeaturePyramid(width, taps=_taps(shape), patch_size=PATCH_SIZE)
+        self.head = UPerNetHead(width, SEGMENTATION_CLASSES, channels=width)
+        self.auxiliary = FCNHead(width, SEGMENTATION_CLASSES)
+
+    def forward(self, images: Tensor, labels: Tensor) -> Tensor:
+        from beit.tasks.segmentation import pixel_loss
+
+        tokens = self.backbone.forward_blocks(images, taps=self.pyramid.taps)
+        maps = self.pyramid(tokens, self.backbone.grid)
+        main, beside = (
+            pixel_loss(resize(head(maps).float(), labels.shape[1:]), labels)
+            for head in (self.head, self.auxiliary)
+        )
+        return (main + AUXILIARY_WEIGHT * beside) / labels.numel()
+
+
+class TransformersSegmentation(nn.Module):
+    """Reads the blocks that the released model does, which takes other indices than documented.
+
+    Those of the documents leave the last two blocks without a gradient.
+    """
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        import transformers
+
+        config = _config(
+            shape,
+            use_relative_position_bias=True,
+            num_labels=SEGMENTATION_CLASSES,
+            auxiliary_loss_weight=AUXILIARY_WEIGHT,
+        )
+        # past its check, which knows no index of the last block
+        config._out_indices = [tap + 2 for tap in _taps(shape)]
+        self.model = transformers.BeitForSemanticSegmentation(config)
+
+    def forward(self, images: Tensor, labels: Tensor) -> Tensor:
+        return self.model(images, labels=labels).loss
+
+
 def mim(settings: Settings, shape: Shape) -> dict[str, Callable[[], nn.Module]]:
     """What builds each contender of the MIM step: (images, mask, token ids) -> loss."""
     folder = settings.unilm_folder
@@ -136,6 +188,14 @@ def classification(shape: Shape) -> dict[str, Callable[[], Classifier]]:
         "ours": lambda: Classifier(_ours_classifier(shape)),
         "transformers": lambda: Classifier(_transformers_classifier(shape)),
         "timm": lambda: Classifier(_timm(shape, num_classes=CLASSES, use_rel_pos_bias=True)),
+    }
+
+
+def segmentation(shape: Shape) -> dict[str, Callable[[], nn.Module]]:
+    """What builds each contender of segmentation: (images, labels) -> loss."""
+    return {
+        "ours": partial(OursSegmentation, shape),
+        "transformers": partial(TransformersSegmentation, shape),
     }
 
 
@@ -179,6 +239,12 @@ def _backbone(shape: Shape, *, pretraining: bool) -> VisionTransformer:
     )
 
 
+def _taps(shape: Shape) -> list[int]:
+    """Blocks 4, 6, 8, 12 of 12, counted from 0, and as far into other depths."""
+    parts = (shape.depth // 3, shape.depth // 2, 2 * shape.depth // 3, shape.depth)
+    return [max(part, 1) - 1 for part in parts]
+
+
 def _ours_classifier(shape: Shape) -> nn.Module:
     head = ClassificationHead(shape.width, CLASSES)
     return nn.Sequential(_backbone(shape, pretraining=False), head)
@@ -191,7 +257,7 @@ def _transformers_classifier(shape: Shape) -> nn.Module:
     return transformers.BeitForImageClassification(config)
 
 
-def _config(shape: Shape, **more: bool | int):
+def _config(shape: Shape, **more: bool | int | float | list[int]):
     from transformers import BeitConfig
 
     return BeitConfig(

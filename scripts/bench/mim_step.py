@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 
 from scripts.bench import contenders, flop, steps
 from scripts.bench.processes import Host
@@ -26,6 +27,7 @@ def run(settings: Settings) -> list[Table]:
 def build(settings: Settings, names: Sequence[str]) -> dict[str, Step]:
     shape = settings.shape()
     builders, batch = contenders.mim(settings, shape), steps.mim_batch(shape)
+    builders[contenders.CHECKPOINTED] = partial(contenders.OursMIM, shape, checkpointing=True)
     return {name: steps.training(builders[name](), *batch) for name in names}
 
 

@@ -16,9 +16,15 @@ from scripts.bench import steps
 from scripts.bench.settings import MEAN, STD, Shape
 
 
-def views(shape: Shape, *, fast: bool = False) -> TwoViewTransform:
-    kind = FastTwoViewTransform if fast else TwoViewTransform
-    return kind(image_size=shape.image_size, token_image_size=shape.token_image_size)
+def views(
+    shape: Shape, *, fast: bool = False, scaled_decoding: bool | None = None
+) -> TwoViewTransform:
+    """As views=two_view or two_view_fast has them, unless it is said how JPEGs are decoded."""
+    return (FastTwoViewTransform if fast else TwoViewTransform)(
+        image_size=shape.image_size,
+        token_image_size=shape.token_image_size,
+        scaled_decoding=fast if scaled_decoding is None else scaled_decoding,
+    )
 
 
 def pretraining(

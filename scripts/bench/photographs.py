@@ -8,11 +8,12 @@ import numpy as np
 from PIL import Image
 
 from beit.data.file_sources import find_images
-from beit.data.images import open_rgb
+from beit.data.images import LazyJpeg, open_lazily, open_rgb
 from beit.errors import UserError
 from scripts.bench.settings import Settings
 
 SIZE = (500, 375)  # width, height: the commonest of ImageNet's
+LARGE = ((2000, 1500), (4000, 3000))  # of 3 and 12 million pixels
 _QUALITY = 90
 _MOST = 256
 
@@ -32,6 +33,9 @@ class Photographs:
     def load(self, index: int) -> tuple[Image.Image, int | None]:
         return open_rgb(self.photographs[index], self.name(index)), None
 
+    def open(self, index: int) -> tuple[Image.Image | LazyJpeg, int | None]:
+        return open_lazily(self.photographs[index], self.name(index)), None
+
     def name(self, index: int) -> str:
         return f"photograph {index}"
 
@@ -45,6 +49,12 @@ def photographs(settings: Settings, count: int) -> list[bytes]:
     if not found:
         raise UserError(f"--images {settings.images}: no JPEG files found there")
     return [found[i % len(found)] for i in range(count)]
+
+
+def enlarged(files: list[bytes], size: tuple[int, int]) -> list[bytes]:
+    """The photographs at another size (width, height), as JPEG files."""
+    whole = (open_rgb(file, "a photograph") for file in files)
+    return [_encoded(image.resize(size, Image.Resampling.LANCZOS)) for image in whole]
 
 
 def described(settings: Settings) -> str:

@@ -18,6 +18,7 @@ ROWS = (
     "mim_step_compiled",
     "pretraining_step",
     "classification_step",
+    "segmentation_step",
     "inference",
     "memory",
     "startup",

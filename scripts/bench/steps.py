@@ -32,6 +32,14 @@ def labelled_batch(shape: Shape, num_classes: int) -> tuple[Tensor, Tensor]:
     return images, torch.randint(num_classes, size[:1], generator=generator)
 
 
+def segmentation_batch(shape: Shape, num_classes: int) -> tuple[Tensor, Tensor]:
+    """Images and a class for each of their pixels."""
+    images, _ = labelled_batch(shape, num_classes)
+    generator = torch.Generator().manual_seed(0)
+    size = (shape.batch_size, *images.shape[2:])
+    return images, torch.randint(num_classes, size, generator=generator)
+
+
 class TrainingStep:
     """Forward in bf16, backward, fused AdamW."""
 

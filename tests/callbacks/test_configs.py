@@ -12,6 +12,12 @@ from omegaconf import OmegaConf
 
 from beit.checkpoints.file import read_file
 
+# what files of a group refer to in the rest of a config
+RUN = {
+    "seed": 0,
+    "model": {"image_size": 32},
+    "normalize": {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]},
+}
 CONFIGS = Path(__file__).parents[2] / "configs"
 
 
@@ -20,10 +26,10 @@ def names(group):
 
 
 def build(group, name, tmp_path):
-    """The group's file alone, with the paths that it refers to."""
+    """The group's file alone, with what it refers to."""
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         node = compose(config_name=f"{group}/{name}")[group]
-    root = OmegaConf.create({"paths": {"output_dir": str(tmp_path)}, group: node})
+    root = OmegaConf.create({"paths": {"output_dir": str(tmp_path)}, **RUN, group: node})
     return OmegaConf.create(OmegaConf.to_container(root, resolve=True))[group]
 
 
@@ -66,7 +72,7 @@ def test_logger(name, kinds, tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", names("callbacks"))
 def test_callbacks(name, tmp_path):
     nodes = build("callbacks", name, tmp_path)
-    callbacks = [instantiate(node) for node in nodes.values()]
+    callbacks = [instantiate(node, _convert_="all") for node in nodes.values()]
     assert all(isinstance(callback, L.Callback) for callback in callbacks)
     if name not in ("none", "default") and len(nodes) == 1:
         assert list(nodes) == [name]  # a file is named for its one callback

@@ -225,7 +225,7 @@ def test_every_entry_of_the_table_is_a_key(tiny):
     optional = {"", "trainer.max_time", "trainer.profiler", "trainer.val_check_interval"}
     optional |= {"trainer.accumulate_grad_batches"}  # worked out from the batch
     words = [[*tiny[task], "name=x"] for task in ("mim", "classification", "tokenizer")]
-    words[0] += ["tokenizer=dalle", "tokenizer.encoder_path=x", "callbacks=mim"]
+    words[0] += ["tokenizer=dalle", "tokenizer.encoder_path=x", "callbacks=[mim,online_probe]"]
     words += [[*tiny["mim"], "name=x", "tokenizer.path=x"]]
     keys = {key for some in words for key, _ in config.dotted_keys(config.compose(some))}
     assert set(FREE) - optional - keys == set()

@@ -9,7 +9,9 @@ from PIL import Image
 from timm.data import Mixup
 from torch import nn
 
+from beit.data import fingerprint
 from beit.data.batches import LabelledBatch, MIMBatch, PixelBatch
+from beit.data.fast_views import FastTwoViewTransform
 from beit.data.loading import LoaderSettings
 from beit.data.masking import BlockwiseMasking
 from beit.data.modules import ClassificationData, TokenizerData
@@ -86,6 +88,32 @@ def classification(train=None, val=None, **changes):
         "num_classes": 3, "mixing": None, "loader": settings(),
     }  # fmt: skip
     return ClassificationData(train or Pictures(30), val, **(options | changes))
+
+
+def test_a_source_is_looked_through_once(tmp_path, monkeypatch):
+    looked = []
+    of_source = fingerprint.of_source
+    monkeypatch.setattr(fingerprint, "of_source", lambda s: looked.append(s) or of_source(s))
+    train, val = Pictures(30), Pictures(11)
+    data = pretraining(train, val, views_per_image=2, token_cache=tmp_path)
+    found = [data.fingerprint() for _ in range(2)]
+    assert looked == [train, val]
+    assert found[0] == found[1]
+    assert found[0]["val"] == of_source(val)
+    assert data.caches["train"].made_of["data"] == of_source(train)["sha256"]
+
+
+def test_a_token_cache_tells_scaled_decoding_apart(tmp_path):
+    for kind in (TwoViewTransform, FastTwoViewTransform):
+        made_of = []
+        for scaled in (False, True):
+            views = kind(
+                image_size=(24, 40), token_image_size=(12, 20), scaled_decoding=scaled,
+                token_interpolation="bicubic",
+            )  # fmt: skip
+            data = pretraining(views=views, views_per_image=2, token_cache=tmp_path)
+            made_of.append(data.caches["train"].made_of)
+        assert [key for key in made_of[0] if made_of[0][key] != made_of[1][key]] == ["drawn_by"]
 
 
 class Recorder(L.LightningModule):

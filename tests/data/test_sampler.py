@@ -1,4 +1,8 @@
+import itertools
+from collections import Counter
+
 import pytest
+from timm.data.distributed_sampler import RepeatAugSampler
 
 from beit.data.sampler import GlobalBatchSampler, epoch_order, tail_sizes
 from beit.errors import UserError
@@ -177,3 +181,61 @@ def test_fewer_validation_images_than_ranks_are_refused():
 def test_fewer_samples_than_a_global_batch_are_refused_with_the_numbers():
     with pytest.raises(UserError, match=r"11 training images.*24 \(4 per device x 2.*x 3"):
         sampler(size=11, world_size=2)
+
+
+@pytest.mark.parametrize("epoch", [0, 2])
+def test_repeats_fill_global_batches_as_timms_sampler_does(epoch):
+    world, batch = 3, 8
+    ranks = [
+        sampler(600, rank=rank, world_size=world, batch_size=batch, accumulate=1, repeats=3)
+        for rank in range(world)
+    ]
+    # timm's without its own shuffle, over our order: which of the three draws it does not say
+    order = epoch_order(600, 5, epoch)
+    theirs = [RepeatAugSampler(range(600), world, rank, shuffle=False) for rank in range(world)]
+    theirs = [[order[place] for place in rank] for rank in theirs]
+    for rank in ranks:
+        rank.set_epoch(epoch)
+    columns = [list(rank) for rank in ranks]
+    steps = min(len(columns[0]), len(theirs[0]) // batch)
+    assert steps == 21  # timm rounds 600 down to 512
+    for step in range(steps):
+        ours = Counter(index for column in columns for _, index in column[step])
+        other = Counter(i for rank in theirs for i in rank[step * batch : (step + 1) * batch])
+        assert ours == other
+        assert set(ours.values()) == {3}  # a global batch of 24 is a multiple of 3
+
+
+def test_repeats_are_drawn_differently_in_all_epochs():
+    keys = []
+    for epoch in range(4):
+        own = sampler(96, repeats=3)
+        own.set_epoch(epoch)
+        keys.append([key for batch in own for key in batch])
+        assert len(keys[-1]) == len(own) * 4 == 96
+        images = Counter(index for _, index in keys[-1])
+        assert list(images) == epoch_order(96, 5, epoch)[:32].tolist()
+        assert set(images.values()) == {3}
+    every = list(itertools.chain(*keys))
+    assert len(set(every)) == len(every)
+
+
+@pytest.mark.parametrize("last_batch", ["drop", "keep"])
+@pytest.mark.parametrize(("batch_size", "world_size", "accumulate"), [(4, 3, 1), (2, 3, 2)])
+def test_repeats_are_the_same_however_spread_and_resumed(
+    last_batch, batch_size, world_size, accumulate
+):
+    spread = {"last_batch": last_batch, "repeats": 3}
+    whole = sampler(batch_size=12, accumulate=1, **spread)
+    spread |= {"batch_size": batch_size, "world_size": world_size, "accumulate": accumulate}
+    ranks = [sampler(rank=rank, **spread) for rank in range(world_size)]
+    for own in (whole, *ranks):
+        own.set_epoch(2)
+    per_step = [
+        [key for own in ranks for batch in list(own)[i : i + accumulate] for key in batch]
+        for i in range(0, len(ranks[0]), accumulate)
+    ]
+    assert [sorted(step) for step in per_step] == [sorted(batch) for batch in whole]
+    full = list(ranks[1])
+    ranks[1].start(5)
+    assert list(ranks[1]) == full[5:]

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from beit.interop import convert
 from beit.interop.checks import networks
+from beit.interop.decoder import Decoder, Head, Labels
 from beit.interop.weights import Architecture, Preprocessing, Weights
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))  # scripts is no package
+sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]  # neither is a package
 
 from scripts.sections import read_section, write_section  # noqa: E402
 
@@ -28,45 +29,76 @@ KINDS = {
     "mim": ("mim", "none"),
     "classification, mean": ("classification", "mean"),
     "classification, CLS": ("classification", "cls"),
+    "segmentation": ("segmentation", "none"),
     "backbone, mean": ("backbone", "mean"),
     "backbone, CLS": ("backbone", "cls"),
 }
 OUTPUTS = {"ours": "w.safetensors", "unilm": "w.pth", "timm": "timm", "huggingface": "hf"}
+DECODER = Decoder(
+    head=Head.of("UPerNetHead", channels=WIDTH),
+    auxiliary=(Head.of("FCNHead", channels=7),),
+    taps=(2, 3, 4, 5),
+    pyramid=True,
+    auxiliary_weight=0.3,
+)
+SURFACES = ["road", "sky", "größter Baum", "a/b", "wall"]
 NAMES = ["cat", "dog", "größte Eule", "a/b", "cat"]  # ImageNet has a name twice, too
 
 
 def make(kind="classification, mean", positions="per_block", layer_scale=0.1, size=24, **changes):
     """Random weights, the zero-initialised ones too."""
     what, pooling = KINDS[kind]
+    segments = what == "segmentation"
+    decoder = changes.pop("decoder", DECODER) if segments else None
     arch = Architecture(
         **{
             "image_size": (size, size) if isinstance(size, int) else size,
             "patch_size": PATCH,
             "width": WIDTH,
-            "depth": DEPTH,
+            "depth": 2 * DEPTH if segments else DEPTH,
             "num_heads": HEADS,
             "mlp_hidden": 4 * WIDTH,
             "layer_scale": layer_scale,
             "mask_token": what == "mim",
-            "final_norm": pooling != "mean",
+            "final_norm": pooling != "mean" and not segments,
             "drop_path_rate": 0.1,
             **POSITIONS[positions],
             **changes,
         }
     )
-    plain = Preprocessing((0.4, 0.5, 0.6), (0.2, 0.3, 0.25), "bilinear", 0.75, "squash")
+    share = 1.0 if segments else 0.75
+    plain = Preprocessing((0.4, 0.5, 0.6), (0.2, 0.3, 0.25), "bilinear", share, "squash")
     head = {"mim": ("lm_head", VOCAB), "classification": ("head", CLASSES)}.get(what)
     sized = {f"{head[0]}.weight": torch.empty(head[1], WIDTH)} if head else {}
-    weights = Weights(what, arch, {}, sized, pooling, plain)
+    if segments:
+        sized = {"head.conv_seg.weight": torch.empty(CLASSES, WIDTH, 1, 1)}
+    weights = Weights(what, arch, {}, sized, pooling, plain, decoder=decoder)
     torch.manual_seed(5)
     backbone, top = networks(weights)
     for module in (backbone, top):
         for parameter in module.parameters():
-            torch.nn.init.normal_(parameter, std=0.3)
-    classes = NAMES if what == "classification" else None
+            # convolutions sum over more: their logits would be tens
+            torch.nn.init.normal_(parameter, std=0.2 if segments and module is top else 0.3)
+        as_trained(module)
+    classes = NAMES if what == "classification" else SURFACES if segments else None
     return weights.changed(
-        backbone=dict(backbone.state_dict()), head=dict(top.state_dict()), classes=classes
+        backbone=dict(backbone.state_dict()),
+        head=dict(top.state_dict()),
+        classes=classes,
+        labels=Labels(reduce_zero=segments, ignore_index=254 if segments else 255),
     )
+
+
+@torch.no_grad()
+def as_trained(module):
+    """Statistics of BatchNorm unlike those it begins with."""
+    for name, buffer in module.named_buffers():
+        if name.endswith("num_batches_tracked"):
+            buffer.fill_(7)
+        elif name.endswith("running_var"):
+            buffer.uniform_(0.5, 2.0)
+        elif name.endswith("running_mean"):
+            buffer.normal_()
 
 
 def inputs(weights):
@@ -79,7 +111,10 @@ def inputs(weights):
 
 @torch.no_grad()
 def reference(weights):
-    """Logits (M,V) or (B,K), or pooled features (B,D), of our own modules."""
+    """Logits (M,V) or (B,K), or pooled features (B,D), of our own modules.
+
+    Of segmentation the logits of all heads, flat and one after the other.
+    """
     backbone, head = (module.eval() for module in networks(weights))
     backbone.load_state_dict(weights.backbone, strict=True)
     head.load_state_dict(weights.head, strict=True)
@@ -88,6 +123,10 @@ def reference(weights):
         return head(backbone(images, mask), mask)
     if weights.kind == "classification":
         return head(backbone(images))
+    if weights.kind == "segmentation":
+        taps, grid = weights.decoder.taps, weights.architecture.grid
+        maps = head["pyramid"](backbone.forward_blocks(images, taps=taps), grid)
+        return torch.cat([top(maps).flatten() for top in (head["head"], *head["auxiliary"])])
     tokens = backbone(images)
     if weights.pooling == "cls":
         return tokens[:, 0]
@@ -106,6 +145,8 @@ def assert_same(found, expected):
     assert found.kind == expected.kind
     assert found.pooling == expected.pooling
     assert found.classes == expected.classes
+    assert found.decoder == expected.decoder
+    assert found.labels == expected.labels
     for name in ("backbone", "head"):
         got, wanted = getattr(found, name), getattr(expected, name)
         assert set(got) == set(wanted)
@@ -175,4 +216,5 @@ def kit():
         save=save,
         assert_same=assert_same,
         difference=difference,
+        as_trained=as_trained,
     )

@@ -3,12 +3,18 @@
 import json
 import math
 
+import literal_unilm
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
 from timm.models.beit import Beit, checkpoint_filter_fn
-from transformers import BeitForImageClassification, BeitForMaskedImageModeling, BeitModel
+from transformers import (
+    BeitForImageClassification,
+    BeitForMaskedImageModeling,
+    BeitForSemanticSegmentation,
+    BeitModel,
+)
 
 import beit
 from beit.errors import UserError
@@ -17,8 +23,10 @@ from beit.interop.weights import Settings
 
 OUTPUTS = {"ours": "w.safetensors", "unilm": "w.pth", "timm": "timm", "huggingface": "hf"}
 KINDS = ["mim", "classification, mean", "classification, CLS", "backbone, mean", "backbone, CLS"]
+KINDS.append("segmentation")
 POSITIONS = ["shared", "per_block", "absolute", "both"]
 TOLERANCE = 1e-5
+REFUSED = {"mim": "mask_token", "segmentation": "has no segmentation model"}  # by timm
 
 
 @torch.no_grad()
@@ -28,6 +36,11 @@ def through_ours(path, weights, kit):
     images, mask = kit.inputs(weights)
     if weights.kind == "mim":
         return model(images, mask)
+    if weights.kind == "segmentation":
+        maps = model.maps(images)
+        whole = F.interpolate(model.head(maps), images.shape[2:], mode="bilinear")
+        torch.testing.assert_close(model(images), whole)
+        return torch.cat([head(maps).flatten() for head in (model.head, *model.auxiliary)])
     return model(images) if weights.kind == "classification" else model.pooled(images)
 
 
@@ -47,7 +60,11 @@ def through_timm(path, weights, kit):
 
 @torch.no_grad()
 def through_transformers(path, weights, kit):
-    classes = {"mim": BeitForMaskedImageModeling, "classification": BeitForImageClassification}
+    classes = {
+        "mim": BeitForMaskedImageModeling,
+        "classification": BeitForImageClassification,
+        "segmentation": BeitForSemanticSegmentation,
+    }
     opener = classes.get(weights.kind, BeitModel)
     model, info = opener.from_pretrained(path, output_loading_info=True, local_files_only=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
@@ -55,14 +72,35 @@ def through_transformers(path, weights, kit):
     if weights.kind == "mim":
         hidden = mask.flatten(1)
         return model.eval()(images, bool_masked_pos=hidden).logits[hidden]
+    if weights.kind == "segmentation":
+        return segmented(model.eval(), images)
     out = model.eval()(images)
     return out.logits if weights.kind == "classification" else out.pooler_output
+
+
+def segmented(model, images):
+    """Their pyramid and heads on the blocks that out_indices means in the release.
+
+    Their own forward pass takes the blocks two before, see test_segmentation.py.
+    """
+    hidden = model.beit(images, output_hidden_states=True).hidden_states
+    side = images.shape[2] // model.config.patch_size
+    maps = [hidden[i + 1][:, 1:].mT.unflatten(2, (side, side)) for i in model.config.out_indices]
+    if hasattr(model, "fpn"):
+        maps = model.fpn(maps)
+    else:  # transformers 4
+        maps = [getattr(model, f"fpn{i + 1}")(x) for i, x in enumerate(maps)]
+    heads = (model.decode_head, model.auxiliary_head)
+    return torch.cat([head(maps).flatten() for head in heads])
 
 
 @torch.no_grad()
 def through_unilm(path, weights, kit):
     """A literal, slow forward pass on the file's tensors, its index buffers among them."""
-    t = torch.load(path, weights_only=True)["model"]
+    whole = torch.load(path, weights_only=True)
+    if weights.kind == "segmentation":
+        whole["model"] = {k.removeprefix("backbone."): v for k, v in whole["state_dict"].items()}
+    t = whole["model"]
     images, mask = kit.inputs(weights)
     x = F.conv2d(images, t["patch_embed.proj.weight"], t["patch_embed.proj.bias"], stride=8)
     x = x.flatten(2).transpose(1, 2)
@@ -73,6 +111,7 @@ def through_unilm(path, weights, kit):
     x = x + t.get("pos_embed", 0)
     heads, width = weights.architecture.num_heads, weights.architecture.width
     norm = lambda x, name: F.layer_norm(x, (width,), t[f"{name}.weight"], t[f"{name}.bias"], 1e-6)  # noqa: E731
+    outputs = []
     for i in range(weights.architecture.depth):
         b = f"blocks.{i}."
         bias = torch.cat([t[b + "attn.q_bias"], torch.zeros(width), t[b + "attn.v_bias"]])
@@ -89,6 +128,10 @@ def through_unilm(path, weights, kit):
         out = F.gelu(F.linear(norm(x, b + "norm2"), t[b + "mlp.fc1.weight"], t[b + "mlp.fc1.bias"]))
         out = F.linear(out, t[b + "mlp.fc2.weight"], t[b + "mlp.fc2.bias"])
         x = x + t.get(b + "gamma_2", 1) * out
+        outputs.append(x)
+    if weights.kind == "segmentation":
+        t, grid = whole["state_dict"], weights.architecture.grid
+        return literal_unilm.segmentation_logits(t, outputs, grid, weights.decoder.taps)
     if "norm.weight" in t:
         x = norm(x, "norm")
     if weights.kind == "mim":
@@ -111,8 +154,8 @@ def test_each_layout_to_each(kind, to, tmp_path, matrix, kit):
     weights = kit.make(kind, "shared" if kind == "mim" else "per_block")
     expected = kit.reference(weights)
     for source in OUTPUTS:
-        if kind == "mim" and "timm" in (source, to):
-            with pytest.raises(UserError, match="mask_token"):
+        if kind in REFUSED and "timm" in (source, to):
+            with pytest.raises(UserError, match=REFUSED[kind]):
                 kit.save(weights, "timm", tmp_path / f"no-{source}")
             matrix.add(kind, source, to, "refused")
             continue

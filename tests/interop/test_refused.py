@@ -96,6 +96,21 @@ def test_a_wrong_number_of_class_names_names_both(tmp_path, kit):
         convert.read(path, Settings(classes=list("abcd")))
 
 
+@pytest.mark.parametrize("odd", [float("nan"), float("inf")])
+def test_numbers_that_are_none_are_told(odd, tmp_path, kit):
+    weights = kit.make()
+    path = kit.save(weights, "timm", tmp_path)
+    tensors = load_file(path / "model.safetensors")
+    tensors["blocks.1.norm1.bias"][3] = odd
+    save_file(tensors, path / "model.safetensors")
+    report = convert.read(path).report
+    assert report.warnings == ["NaN or infinite numbers in blocks.1.norm1.bias"]
+    for text in (str(report), "\n".join(report.remarks())):
+        assert text.count("infinite") == 1
+        assert [line[:7] for line in text.splitlines() if "infinite" in line] == ["warning"]
+    assert "infinite" not in str(convert.read(kit.save(weights, "unilm", tmp_path)).report)
+
+
 TABLE = "blocks.0.attn.relative_position_bias_table"
 
 

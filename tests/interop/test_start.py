@@ -109,3 +109,21 @@ def test_positions_of_another_grid_that_is_not_square(tmp_path, kit):
     expected = torch.nn.functional.interpolate(patches, (5, 3), mode="bicubic")[0].flatten(1).T
     assert torch.equal(task.backbone.pos_embed[0, 0], stored[0, 0])
     torch.testing.assert_close(task.backbone.pos_embed[0, 1:].detach(), expected)
+
+
+@pytest.mark.parametrize("classes", [5, 4])
+@pytest.mark.parametrize("layout", ["unilm", "huggingface", "ours"])
+def test_a_run_starts_from_a_segmentation_model(layout, classes, tmp_path, kit):
+    """Pyramid and heads with it, but for the last layers where the classes are others."""
+    weights = kit.make("segmentation")
+    changed = {k: v[:classes] if "conv_seg" in k else v for k, v in weights.head.items()}
+    backbone, head = networks(weights.changed(head=changed))
+    task = torch.nn.Module()
+    task.backbone, task.pyramid, task.head = backbone, head["pyramid"], head["head"]
+    task.auxiliary = head["auxiliary"]
+    report = initialise(task, kit.save(weights, layout, tmp_path))
+    state = task.state_dict()
+    other = [k for k in weights.head if "conv_seg" in k and classes != 5]
+    assert report.missing == other
+    for key, value in weights.head.items():
+        assert torch.equal(state[key], value) == (key not in other), key

@@ -10,7 +10,6 @@ from transformers import (
     BeitConfig,
     BeitForImageClassification,
     BeitForMaskedImageModeling,
-    BeitForSemanticSegmentation,
     BeitModel,
 )
 
@@ -123,20 +122,6 @@ def test_the_default_epsilon_of_transformers_is_kept(tmp_path):
     torch.testing.assert_close(
         beit.load_model(tmp_path)(images), model(images).logits, rtol=0, atol=1e-5
     )
-
-
-def test_the_backbone_of_a_segmentation_model_of_transformers(tmp_path):
-    changes = {"use_relative_position_bias": True, "out_indices": [0, 1, 2, 3], "num_labels": 6}
-    model = theirs(BeitForSemanticSegmentation, **changes)
-    model.save_pretrained(tmp_path)
-    weights = convert.read(tmp_path)
-    assert weights.kind == "backbone"
-    reason, left = next(iter(weights.report.left.items()))
-    assert "segmentation" in reason
-    assert any(key.startswith("decode_head.") for key in left)
-    key, state = "relative_position_bias_table", model.state_dict()
-    (table,) = (value for name, value in state.items() if "1." in name and name.endswith(key))
-    assert torch.equal(weights.backbone[f"blocks.1.attn.{key}"], table)
 
 
 def test_a_double_norm_is_refused(tmp_path):

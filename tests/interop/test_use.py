@@ -13,6 +13,7 @@ from beit.data.views import EvalTransform
 from beit.errors import UserError
 from beit.interop import convert
 from beit.interop.checks import networks
+from beit.interop.decoder import Labels
 from beit.recorded import from_checkpoint
 
 
@@ -46,6 +47,9 @@ def test_the_verb(tmp_path, kit, monkeypatch, capsys):
         (["to=timm", "sauce=x"], "not a setting of convert"),
         (["to=timm", "image_size=24x"], "expected a whole number"),
         (["to=timm", "norm_eps=2"], "between 0 and 1"),
+        (["to=timm", "taps=1,x"], "taps=1,x: expected whole numbers with commas between them"),
+        (["to=timm", "taps=3,2,1,0"], "taps [3, 2, 1, 0] must be 4 blocks"),
+        (["to=timm", "taps=0,1,2,3"], "is no segmentation model"),
         (["to=timm", "normalize=odd"], "expected one of half, imagenet"),
         (["to=timm", "classes=/absent"], "cannot be read as text"),
         (["to=timm", "source={}/absent"], "nothing at"),
@@ -114,6 +118,37 @@ def test_prediction_from_a_foreign_folder(tmp_path, kit):
         best = head.eval()(backbone.eval()(image[None]))[0].softmax(0).argmax()
     assert record["top"][0]["index"] == best
     assert record["top"][0]["class"] == weights.classes[best]
+
+
+@pytest.mark.parametrize("layout", ["unilm", "huggingface", "ours"])
+def test_segments_and_scores_of_a_foreign_file(layout, tmp_path, kit):
+    """Of images as large as the window: the bilinearly enlarged logits of the file's network."""
+    weights = kit.make("segmentation").changed(labels=Labels(reduce_zero=True))
+    source = kit.save(weights, layout, tmp_path)
+    generator = np.random.default_rng(1)
+    pixels = generator.integers(0, 256, (24, 24, 3), dtype=np.uint8)
+    values = generator.integers(0, 6, (24, 24), dtype=np.uint8)
+    for name, array in (("images", pixels), ("annotations", values)):
+        for split in ("train", "val"):
+            (tmp_path / name / split).mkdir(parents=True)
+            Image.fromarray(array).save(tmp_path / name / split / "a.png")
+    (record,) = beit.predict(source, tmp_path / "images" / "val", output=tmp_path / "out")
+    found = np.asarray(Image.open(record["files"]["ids"]))
+
+    plain = weights.preprocessing
+    image = torch.from_numpy(pixels).permute(2, 0, 1) / 255
+    mean, std = (torch.tensor(numbers)[:, None, None] for numbers in (plain.mean, plain.std))
+    network = beit.load_model(source)
+    with torch.no_grad():
+        expected = network((image - mean)[None] / std)[0].argmax(0).numpy()
+    assert np.array_equal(found, expected)
+    assert {area["class"] for area in record["areas"]} <= set(weights.classes)
+
+    words = [f"paths.data_dir={tmp_path}", "loader.num_workers=0", "batch.per_device=1"]
+    scores = beit.evaluate(source, *words, "batch.global_size=1", "trainer.precision=32-true")
+    counted = values > 0  # in ADE20K's manner 0 is none
+    hits = (values[counted] - 1 == expected[counted]).mean()
+    assert scores["val/pixel_acc"] == pytest.approx(hits, abs=1e-6)
 
 
 def test_the_config_of_a_converted_file_is_a_runs(tmp_path, kit):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from beit.interop.checks import networks
+from beit.interop.decoder import Decoder, Head, usual_taps
 from beit.interop.weights import Architecture, Weights
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "verify_official.py"
@@ -42,6 +42,19 @@ def test_verification_of_a_fabricated_release(tmp_path, kit, script, capsys):
     script["PARAMETERS"][22, 24, "classification", 5] = count + 1
     assert script["main"]([str(path), "--image", str(image)]) == 1
     assert "parameters: WRONG" in capsys.readouterr().out
+
+
+def test_a_segmentation_model(tmp_path, kit, script, capsys):
+    """Its statistics are no parameters; no logits of it are known."""
+    weights = kit.make("segmentation")
+    path = kit.save(weights, "unilm", tmp_path)
+    buffers = ("running_mean", "running_var", "num_batches_tracked")
+    counted = [v.numel() for k, v in weights.released().items() if not k.endswith(buffers)]
+    script["PARAMETERS"][22, 24, "segmentation", 5] = sum(counted)
+    assert script["main"]([str(path)]) == 0
+    out = capsys.readouterr().out
+    assert out.count(": ok,") == 3
+    assert "none are published for a file named w" in out
 
 
 @pytest.mark.parametrize("wrong", ["logit", "class", "epsilon"])
@@ -82,8 +95,13 @@ def test_known_parameter_counts(script):
             final_norm=mim,
         )
         key = "lm_head.weight" if mim else "head.weight"
+        decoder, pooling = None, "none" if mim else "mean"
         with torch.device("meta"):
             head = {key: torch.empty(outputs, width)}
-            pooling = "none" if mim else "mean"
-            parts = networks(Weights(kind, arch, {}, head, pooling))
-        assert sum(p.numel() for part in parts for p in part.parameters()) == count
+            if kind == "segmentation":
+                head = {"head.conv_seg.weight": torch.empty(outputs, width, 1, 1)}
+                upernet = Head.of("UPerNetHead", channels=width)
+                taps = usual_taps(arch.depth, [])
+                decoder = Decoder(upernet, (Head.of("FCNHead"),), taps, pyramid=True)
+            weights = Weights(kind, arch, {}, head, pooling, decoder=decoder)
+        assert script["count_parameters"](weights) == count

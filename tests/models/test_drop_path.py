@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from beit.models.drop_path import kept_branches, sample_keys, thresholds
+from beit.models.drop_path import add_rows, kept_branches, sample_keys, thresholds
 from beit.models.vit import VisionTransformer
 
 DEPTH, SAMPLES = 6, 4001
@@ -133,3 +133,14 @@ def test_keys_of_another_batch_are_refused():
     model.sample_keys = sample_keys(3, torch.arange(6))
     with pytest.raises(AssertionError, match="another batch"):
         model(torch.randn(7, 3, 24, 40))
+
+
+def test_adding_to_rows_keeps_nothing_of_what_was_added():
+    x = torch.randn(5, 3, 7, dtype=torch.float64, requires_grad=True)
+    added = torch.randn(3, 3, 7, dtype=torch.float64, requires_grad=True)
+    rows, kept = torch.tensor([0, 2, 4]), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        result = add_rows(x, rows, added)
+    assert torch.equal(result, x.index_add(0, rows, added))
+    assert sum(tensor.numel() for tensor in kept) == len(rows)
+    assert torch.autograd.gradcheck(lambda a, b: add_rows(a, rows, b), (x, added))

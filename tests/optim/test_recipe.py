@@ -8,7 +8,7 @@ from beit.errors import UserError
 from beit.models.heads import ClassificationHead
 from beit.models.vit import VisionTransformer
 from beit.optim.recipe import AdamWRecipe
-from beit.optim.schedules import warmup_cosine
+from beit.optim.schedules import warmup_cosine, warmup_linear
 
 DEPTH, WIDTH = 2, 22
 
@@ -94,6 +94,24 @@ def test_layer_decay_scales_the_whole_curve_min_lr_too():
     assert optimizer.param_groups[-1]["lr"] == pytest.approx(1e-6)
 
 
+def test_the_linear_schedule_reaches_zero_in_every_group():
+    recipe = AdamWRecipe(
+        lr=7e-4, min_lr=0.0, weight_decay=0.05, warmup_steps=3, layer_decay=0.65, schedule="linear"
+    )
+    optimizer, schedule = recipe.build(
+        make_modules(), steps_per_epoch=5, total_steps=20, depth=DEPTH
+    )
+    for step in range(20):
+        expected = warmup_linear(step, total_steps=20, warmup_steps=3, lr=7e-4, min_lr=0.0)
+        planned = recipe.rate_at(step, steps_per_epoch=5, total_steps=20)
+        assert planned == pytest.approx(expected, rel=1e-12)
+        for group in optimizer.param_groups:
+            assert group["lr"] == pytest.approx(expected * group["lr_scale"], rel=1e-9)
+        optimizer.step()
+        schedule.step()
+    assert all(group["lr"] == 0 for group in optimizer.param_groups)
+
+
 def test_state_is_plain_data_and_resumes_in_place():
     recipe = AdamWRecipe(lr=1e-2, min_lr=0.0, weight_decay=0.05)
     runs = []
@@ -140,6 +158,7 @@ def test_a_network_without_backbone_is_served():
         ({"betas": (0.9, 1.0)}, "betas"),
         ({"eps": 0.0}, "eps"),
         ({"layer_decay": 0.0}, "layer_decay 0.0"),
+        ({"schedule": "poly"}, "schedule 'poly' must be one of cosine, linear"),
         ({"warmup_epochs": 5, "warmup_steps": 100}, "exclude each other"),
         ({"warmup_steps": -1}, "must not be negative"),
     ],

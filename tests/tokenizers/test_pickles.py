@@ -80,6 +80,7 @@ def test_pickled_modules_give_their_state_dict(dall_e, tmp_path, zipped, outer, 
 @pytest.mark.parametrize("zipped", [True, False])
 def test_tensors_only_files(tmp_path, zipped):
     tensors = {"a.w": torch.randn(3, 5), "b": torch.randn(7).half()}
+    tensors |= {"c": torch.randn(2, 3).bfloat16(), "d": torch.randn(1).double()}
     save_file(tensors, tmp_path / "a.safetensors")
     torch.save(tensors, tmp_path / "a.pt", _use_new_zipfile_serialization=zipped)
     torch.save(

@@ -1,0 +1,186 @@
+"""A trained segmentation network applied to image files: coloured pictures, ids and areas."""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from beit import runner
+from beit.checkpoints.models import Checkpoint
+from beit.data.class_sets import checked_colours, voc_palette
+from beit.data.file_sources import find_images, open_image
+from beit.data.images import UnreadableImage
+from beit.data.limits import checked_normalisation
+from beit.errors import UserError
+from beit.files import explained, replace_text, replacing
+from beit.interop.convert import any_checkpoint
+from beit.interop.fields import Fields
+from beit.predictor import transform_of
+
+OPACITY = 0.5  # of the classes' colours over the image
+
+
+class Files(NamedTuple):
+    """What is made of an image."""
+
+    overlay: Path
+    ids: Path
+    areas: Path
+
+
+class ImageSegmenter:
+    """Images in; for each a coloured overlay, its class ids as PNG, and the area of each class.
+
+    Args:
+        model: with `predict(image (3, h, w), size) -> ids (H0, W0)`.
+        transform: PIL image -> uint8 (3, h, w), the evaluation transform of the training run.
+        mean, std: of the normalisation, RGB.
+        classes: K names.
+        palette: (K, 3) uint8.
+    """
+
+    makes_files = True
+
+    def __init__(
+        self,
+        model: nn.Module,
+        transform: Any,
+        *,
+        mean: Sequence[float],
+        std: Sequence[float],
+        classes: list[str],
+        palette: np.ndarray,
+    ) -> None:
+        self.model: Any = model.eval()
+        self.transform = transform
+        mean, std = checked_normalisation(mean, std)
+        self.mean, self.std = (torch.tensor(x)[:, None, None] for x in (mean, std))
+        self.classes = classes
+        self.palette = palette
+        self._type = np.uint8 if len(classes) <= 256 else np.uint16  # of the ids' pictures
+
+    @classmethod
+    def from_checkpoint(cls, path: str | Path) -> "ImageSegmenter":
+        """Rebuild the network of a segmentation run, with the colours that it recorded."""
+        checkpoint = any_checkpoint(path, tell="nothing")
+        transform = transform_of(checkpoint)
+        model = runner.load_model(path)
+        normalize = Fields(checkpoint.config, checkpoint.path).inner("normalize")
+        count: int = model.head.num_classes  # type: ignore[assignment, union-attr]
+        return cls(
+            model,
+            transform,
+            mean=normalize.numbers("mean", (0.0, 0.0, 0.0)),
+            std=normalize.numbers("std", (1.0, 1.0, 1.0)),
+            classes=checkpoint.classes or [str(number) for number in range(count)],
+            palette=_palette(checkpoint, count),
+        )
+
+    def predict(
+        self,
+        images: str | Path,
+        *,
+        top_k: int = 0,
+        batch_size: int = 1,
+        output: str | Path | None,
+        overwrite: bool,
+    ) -> Iterator[dict[str, Any]]:
+        """One record per image: `path`, `files`, and `areas` of {class, index, pixels, share}.
+
+        The files lie in the folder `output`, as the images do in theirs: NAME.overlay.png, NAME.png
+        with the ids, NAME.json with the areas, largest first. An image that cannot be read yields
+        `path` and `error`. Images are taken one at a time.
+
+        Raises UserError, at once and not with the first record, where there are no images, or where
+        a file is there already and it was not said to `overwrite`.
+        """
+        if output is None:
+            raise UserError("output has no value: give the folder for the pictures, output=FOLDER")
+        paths = find_images(images)
+        files = _names(paths, Path(images).expanduser(), Path(output).expanduser())
+        there = [file for one in files for file in one if file.exists()]
+        if there and not overwrite:
+            raise UserError(
+                f"output={output} has {there[0].name} already: give another folder, or say "
+                "overwrite=true"
+            )
+        return (self._record(path, place) for path, place in zip(paths, files, strict=True))
+
+    def _record(self, path: Path, files: Files) -> dict[str, Any]:
+        try:
+            image = open_image(path)
+        except UnreadableImage as error:
+            return {"path": str(path), "error": str(error)}
+        ids = self.ids(image)
+        record = {
+            "path": str(path),
+            "width": image.width,
+            "height": image.height,
+            "files": {name: str(file) for name, file in files._asdict().items()},
+            "areas": self._areas(ids),
+        }
+        _save(files.overlay, overlay(image, ids, self.palette))
+        _save(files.ids, Image.fromarray(ids.astype(self._type)))
+        with explained(files.areas):
+            replace_text(files.areas, json.dumps(record, indent=2) + "\n")
+        return record
+
+    @torch.inference_mode()
+    def ids(self, image: Image.Image) -> np.ndarray:
+        """Class ids (H, W) int16 of an RGB image."""
+        pixels: Tensor = self.transform(image)
+        normal = (pixels.float() / 255 - self.mean) / self.std
+        return self.model.predict(normal, (image.height, image.width)).numpy()
+
+    def _areas(self, ids: np.ndarray) -> list[dict[str, Any]]:
+        counts = np.bincount(ids.ravel(), minlength=len(self.classes))
+        return [
+            {
+                "class": self.classes[i],
+                "index": i,
+                "pixels": int(counts[i]),
+                "share": round(counts[i] / ids.size, 6),
+            }
+            for i in np.argsort(-counts, kind="stable").tolist()
+            if counts[i]
+        ]
+
+
+def overlay(image: Image.Image, ids: np.ndarray, palette: np.ndarray) -> Image.Image:
+    """The image with its classes' colours over it."""
+    return Image.blend(image, Image.fromarray(palette[ids]), OPACITY)
+
+
+def _palette(checkpoint: Checkpoint, count: int) -> np.ndarray:
+    """(K, 3) uint8, as the run recorded it; VOC's colours where it recorded none."""
+    recorded = checkpoint.entry.get("palette")
+    if recorded is None:
+        return voc_palette(count)
+    try:
+        palette = checked_colours("palette", recorded)
+    except TypeError:
+        palette = np.empty((0, 3), dtype=np.uint8)
+    if len(palette) != count:
+        raise UserError(f"{checkpoint.path}: its palette is not of {count} colours")
+    return palette
+
+
+def _names(paths: Sequence[Path], images: Path, output: Path) -> list[Files]:
+    """Where the files of each image go; one that shares its name keeps the ending too."""
+    relative = [Path(path.name) if path == images else path.relative_to(images) for path in paths]
+    stems = [path.with_suffix("") for path in relative]
+    found = []
+    for path, stem in zip(relative, stems, strict=True):
+        base = str(output / (stem if stems.count(stem) == 1 else path))
+        found.append(Files(*(Path(base + end) for end in (".overlay.png", ".png", ".json"))))
+    return found
+
+
+def _save(path: Path, image: Image.Image) -> None:
+    with explained(path), replacing(path) as file:
+        image.save(file, format="PNG")

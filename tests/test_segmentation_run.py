@@ -1,0 +1,220 @@
+"""Segmentation as a user runs it: train, evaluate, predict, go on; on pictures made here."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import beit
+from beit import cli
+from beit.callbacks.metrics_file import read_metrics
+from beit.checkpoints.models import read_checkpoint
+from beit.errors import UserError
+
+CLASSES = ["sky", "ground", "thing", "nothing"]  # the last one is never there
+COLOURS = np.array([[90, 160, 240], [120, 90, 40], [220, 30, 60]])
+WORDS = [
+    "task=segmentation",
+    "data=segmentation_folders",
+    f"data.classes=[{','.join(CLASSES)}]",
+    "data.ids.palette=[[0,0,255],[0,255,0],[255,0,0],[9,9,9]]",
+    "model=micro",
+    "model.width=22",
+    "model.num_heads=2",
+    "model.depth=3",
+    "model.drop_path_rate=0.3",
+    "pyramid=micro",
+    "pyramid.taps=[0,1,1,2]",
+    "head.main.channels=8",
+    "views.train.short_side=36",
+    "views.eval.short_side=original",
+    "batch.global_size=4",
+    "batch.per_device=4",
+    "loader.num_workers=0",
+    "optim.warmup_steps=1",
+    "trainer.max_epochs=3",
+    "trainer.log_every_n_steps=1",
+    "trainer.precision=32-true",
+    "logger=csv",
+]
+
+
+def last(run: Path) -> Path:
+    return run / "checkpoints" / "last.safetensors"
+
+
+def draw(folder: Path, split: str, count: int) -> None:
+    """Sky above ground with a thing on it, 44x60 and other sizes; a strip has no label."""
+    rng = np.random.default_rng(len(split))
+    for i in range(count):
+        height, width = 44 + 3 * (i % 2), 60 + 5 * (i % 3)
+        labels = np.zeros((height, width), dtype=np.uint8)
+        labels[height // 2 :] = 1
+        top, left = rng.integers(8, 30), rng.integers(0, 40)
+        labels[top : top + 12, left : left + 16] = 2
+        noise = rng.integers(-30, 30, (height, width, 3))
+        pixels = (COLOURS[labels] + noise).clip(0, 255).astype(np.uint8)
+        labels[:, :2] = 255
+        for kind, array in (("images", pixels), ("annotations", labels)):
+            path = folder / kind / split / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(array).save(path)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pictures")
+    draw(folder, "train", 9)
+    draw(folder, "val", 5)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    words = [*WORDS, f"paths.data_dir={pictures}", f"paths.runs_dir={folder}", "name=whole"]
+    beit.train(*words, "callbacks.checkpoints.keep=-1")
+    return folder / "whole"
+
+
+def test_the_run_folder_has_scores_and_pictures(run: Path) -> None:
+    rows = read_metrics(run / "metrics.csv")
+    for key in ("train/loss", "train/pixel_acc", "val/miou", "val/mean_acc", "val/pixel_acc"):
+        values = [float(row[key]) for row in rows if row.get(key)]
+        assert len(values) == (6 if key.startswith("train") else 3), key
+    names = {path.name.partition("-step")[0] for path in (run / "figures").glob("*.png")}
+    assert names == {"segmentation", "class_iou", "curves.png"}
+    assert (run / "checkpoints" / "best.safetensors").exists()
+    log = (run / "train.log").read_text()
+    assert "SlidingWindow(window=(32, 32), stride=(21, 21)" in log
+
+
+def test_evaluate_repeats_the_runs_validation_with_each_class(run: Path) -> None:
+    metrics = beit.evaluate(last(run))
+    logged = [row for row in read_metrics(run / "metrics.csv") if row.get("val/miou")][-1]
+    for key in ("val/miou", "val/mean_acc", "val/pixel_acc"):
+        assert metrics[key] == pytest.approx(float(logged[key]), rel=1e-5)
+    rows = metrics["per_class"]
+    assert [row["class"] for row in rows] == CLASSES
+    there = [row["iou"] for row in rows if row["iou"] is not None]
+    assert metrics["val/miou"] == pytest.approx(np.mean(there), abs=1e-5)
+    with (run / "classes.csv").open() as file:
+        written = list(csv.DictReader(file))
+    for row, text in zip(rows, written, strict=True):
+        assert text["iou"] == ("" if row["iou"] is None else str(row["iou"]))
+        assert int(text["pixels"]) == row["pixels"]
+    assert rows[0]["pixels"] + rows[1]["pixels"] + rows[2]["pixels"] < 5 * 47 * 70
+
+
+def test_evaluate_takes_another_inference_and_other_data(run: Path, pictures: Path) -> None:
+    plain = beit.evaluate(last(run))
+    scales = beit.evaluate(last(run), "inference=multiscale", "inference.short_side=40")
+    assert scales["val/miou"] != plain["val/miou"]
+    elsewhere = [f"data.val.{kind}={pictures}/{kind}/train" for kind in ("images", "annotations")]
+    other = beit.evaluate(last(run), *elsewhere)
+    assert other["per_class"][0]["pixels"] > plain["per_class"][0]["pixels"]
+
+
+def test_two_processes_measure_what_one_does(run: Path) -> None:
+    # the group brings its own precision along
+    words = [f"checkpoint={last(run)}", "trainer=ddp_cpu", "trainer.precision=32-true"]
+    words += ["batch.per_device=2"]
+    command = [sys.executable, "-m", "beit.cli", "evaluate", *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads(done.stdout.splitlines()[0]) == beit.evaluate(last(run))
+
+
+def photos(folder: Path, pictures: Path) -> Path:
+    for i, place in enumerate(["a.png", "below/a.png", "below/b.png", "below/b.jpg"]):
+        (folder / place).parent.mkdir(parents=True, exist_ok=True)
+        Image.open(pictures / "images" / "val" / f"{i}.png").save(folder / place)
+    (folder / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nnothing")
+    return folder
+
+
+def test_predict_writes_overlay_ids_and_areas(run: Path, pictures: Path, tmp_path: Path) -> None:
+    folder, output = photos(tmp_path / "photos", pictures), tmp_path / "out"
+    records = beit.predict(last(run), folder, output=output)
+    assert [Path(r["path"]).name for r in records if "error" in r] == ["broken.png"]
+    made = sorted(str(path.relative_to(output)) for path in output.rglob("*") if path.is_file())
+    stems = ["a", "below/a", "below/b.jpg", "below/b.png"]
+    assert made == sorted(f"{s}{end}" for s in stems for end in (".overlay.png", ".png", ".json"))
+    record = next(r for r in records if r["path"].endswith("below/a.png"))
+    ids = np.asarray(Image.open(output / "below/a.png"))
+    image = np.asarray(Image.open(folder / "below/a.png")).astype(int)
+    assert ids.shape == image.shape[:2]
+    assert ids.dtype == np.uint8
+    for area in record["areas"]:
+        assert area["pixels"] == (ids == CLASSES.index(area["class"])).sum()
+        assert area["share"] == pytest.approx(area["pixels"] / ids.size, abs=1e-6)
+    assert sum(area["pixels"] for area in record["areas"]) == ids.size
+    assert json.loads((output / "below/a.json").read_text()) == record
+    palette = np.array([[0, 0, 255], [0, 255, 0], [255, 0, 0], [9, 9, 9]])
+    blended = np.asarray(Image.open(output / "below/a.overlay.png")).astype(int)
+    assert np.abs(blended - (image + palette[ids]) / 2).max() <= 1
+
+
+def test_predict_gives_the_networks_own_classes(run: Path, pictures: Path, tmp_path: Path) -> None:
+    picture = pictures / "images" / "val" / "0.png"
+    beit.predict(last(run), picture, output=tmp_path)
+    pixels = torch.from_numpy(np.array(Image.open(picture))).permute(2, 0, 1) / 255
+    mean, std = (
+        torch.tensor(x)[:, None, None] for x in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    )
+    model: Any = beit.load_model(last(run))
+    with torch.no_grad():
+        expected = model.predict((pixels - mean) / std, pixels.shape[1:])
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "0.png")), expected.numpy())
+
+
+def test_nothing_is_written_over_unless_told(
+    run: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    picture = pictures / "images" / "val" / "0.png"
+    words = ["beit", "predict", f"checkpoint={last(run)}", f"images={picture}"]
+    monkeypatch.setattr(sys, "argv", words)
+    assert cli.main() == 2  # without a folder
+    monkeypatch.setattr(sys, "argv", [*words, f"output={tmp_path}"])
+    assert cli.main() == 0
+    before = (tmp_path / "0.json").stat().st_mtime_ns
+    assert cli.main() == 2
+    assert "overwrite=true" in capsys.readouterr().err
+    assert (tmp_path / "0.json").stat().st_mtime_ns == before
+    monkeypatch.setattr(sys, "argv", [*words, f"output={tmp_path}", "overwrite=true"])
+    assert cli.main() == 0
+    assert (tmp_path / "0.json").stat().st_mtime_ns > before
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(run: Path, pictures: Path) -> None:
+    first = next((run / "checkpoints").glob("epoch0000*"))
+    words = [*WORDS, f"paths.data_dir={pictures}", f"paths.runs_dir={run.parent}"]
+    beit.train(*words, "name=cut", f"resume={first}")
+    whole, cut = (read_checkpoint(last(run.parent / n)).state_dict for n in ("whole", "cut"))
+    assert set(whole) == set(cut)
+    assert all(torch.equal(whole[key], cut[key]) for key in whole)
+
+
+def test_another_run_starts_from_its_weights(run: Path, pictures: Path) -> None:
+    from beit import config, runner
+
+    other = [word for word in WORDS if not word.startswith(("data.classes", "data.ids"))]
+    words = [*other, "data.classes=[a,b,c]", "name=x", f"init_from={last(run)}"]
+    cfg = config.compose([*words, f"paths.data_dir={pictures}"])
+    task, _ = runner.build(cfg, world_size=config.settle_devices(cfg))
+    before, after = read_checkpoint(last(run)).state_dict, task.state_dict()
+    for key in ("backbone.blocks.0.mlp.fc1.weight", "pyramid.fpn1.0.weight"):
+        assert torch.equal(before[key], after[key])
+    assert after["head.conv_seg.weight"].shape[0] == 3  # of the new classes, fresh
+
+
+def test_a_task_without_classes_is_refused(runs: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no classes to predict"):
+        beit.predict(last(runs / "pretrain"), tmp_path, output=tmp_path)
