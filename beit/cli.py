@@ -43,6 +43,8 @@ usage: beit VERB [KEY=VALUE ...]
              or what its frozen backbone knows: linear probe, k-NN, health
                beit evaluate checkpoint=runs/x/checkpoints/last.safetensors \\
                  evaluation=linear_probe data=folder paths.data_dir=labelled output=runs/x/probe
+  gather     the runs of a sweep as one table and plot
+               beit gather folder=runs/sweeps/table4
   predict    classify image files or a folder, as JSON lines; or segment them, into a folder
                beit predict checkpoint=runs/x/checkpoints/last.safetensors images=photos top_k=5
   convert    weights from and to the official release (unilm), timm and Hugging Face
@@ -119,7 +121,7 @@ def _train(arguments: list[str]) -> int:
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import DictConfig
 
-    from beit import config, sweep
+    from beit import config, planned, sweep
     from beit.console import log_to_console
     from beit.explain import explained, train_help
 
@@ -134,15 +136,24 @@ def _train(arguments: list[str]) -> int:
     config.register()
     log_to_console()
     codes: list[int] = []
+    mistakes: list[UserError] = []
     typed = sys.argv
+
+    def one(member: Any, cfg: DictConfig, space: dict[str, Any]) -> float | None:
+        assert members is not None
+        try:
+            return None if mistakes else planned.run(members, member, cfg, space)
+        except UserError as error:  # Hydra would add a line of its own
+            mistakes.append(error)
+            return None
 
     def run(cfg: DictConfig) -> float | None:
         if members is not None:
-            member = HydraConfig.get()
-            folder = Path(member.runtime.output_dir)
-            return members.run(folder, member.job.num, list(member.overrides.task))
+            job = HydraConfig.get()
+            member = sweep.Member(job.job.num, _as_typed(job), str(job.runtime.output_dir))
+            return one(member, cfg, dict(job.sweeper.params or {}))
         sys.argv = typed  # Lightning starts the other ranks with these words
-        codes.append(_run(cfg, list(HydraConfig.get().overrides.task)))
+        codes.append(_run(cfg, _as_typed(HydraConfig.get())))
         return None
 
     # let Hydra raise what it would otherwise print and turn into exit code 1
@@ -157,9 +168,20 @@ def _train(arguments: list[str]) -> int:
             return exits.of_all(codes)
         with members.stoppable():
             command()
+    if mistakes:
+        raise mistakes[0]
     if members.members:
+        planned.gathered(members)
         print(members.table(), file=sys.stderr)
     return members.code()
+
+
+def _as_typed(job: Any) -> list[str]:
+    """The words of a run; what they take from the environment, a secret perhaps, is not put in."""
+    from omegaconf import OmegaConf
+
+    words: Any = OmegaConf.to_container(job.overrides.task, resolve=False)
+    return words
 
 
 def _run(cfg: Any, words: list[str]) -> int:
@@ -167,6 +189,7 @@ def _run(cfg: Any, words: list[str]) -> int:
     from beit import run_folder, runner, sweep
     from beit.explain import explained
 
+    cfg.sweep = None  # of the sweep that this run belongs to
     try:
         with explained([]):
             metrics = runner.fit(cfg, words)
@@ -222,15 +245,34 @@ def evaluate(arguments: list[str]) -> int:
         return 0
     own, overrides = split(arguments, ("checkpoint", "output", "overwrite"))
     log_to_console()
-    from beit import face
+    from beit import face, sweep
+    from beit.run_folder import is_first_process
 
     options: dict[str, Any] = {"output": own.get("output"), "overwrite": flag(own, "overwrite")}
     metrics = face.evaluate(required(own, "checkpoint"), *overrides, **options)
+    if not is_first_process():  # the other ranks run the same command, and have the same metrics
+        return 0
+    sweep.write_result({key: x for key, x in metrics.items() if isinstance(x, int | float)})
     print(json.dumps(metrics))
     if rows := metrics.get("per_class") or metrics.get("rows"):
         from beit.console import print_table
 
         print_table(rows)
+    return 0
+
+
+def gather(arguments: list[str]) -> int:
+    """Write the runs of a sweep as one table, and print the files' names."""
+    usage = "folder=SWEEP [metrics=NAME,NAME]"
+    if _helped(arguments, "gather", usage):
+        return 0
+    own = split_all(arguments, ("folder", "metrics"), "gather", usage)
+    from beit import gathering
+
+    metrics = [name for name in own.get("metrics", "").split(",") if name]
+    table = gathering.gather(Path(required(own, "folder")), metrics=metrics)
+    print(table.markdown(), file=sys.stderr)
+    print(*table.written, sep="\n")
     return 0
 
 
@@ -314,6 +356,7 @@ _VERBS: dict[str, Callable[[list[str]], int]] = {
     "doctor": doctor,
     "tokenize": tokenize,
     "evaluate": evaluate,
+    "gather": gather,
     "predict": predict,
     "convert": convert,
 }

@@ -24,6 +24,9 @@ from beit.sizes import height_width, patch_grid
 
 PACKAGE_DIR = Path(__file__).resolve().parent
 
+# in a recipe: its `init_from: ???` would be passed over, for the schema's null is there before it
+REQUIRED = "REQUIRED"
+
 # built from what stands in the files alone, not from the data or another run's checkpoint
 CHECKED_GROUPS = (
     *("trainer", "job", "model", "pyramid", "inference", "optim", "loader", "callbacks", "logger"),
@@ -59,6 +62,28 @@ class PathsConfig:
 
 
 @dataclass
+class SearchConfig:
+    """A search by Optuna, one member after the other."""
+
+    space: dict[str, Any] = MISSING  # key: {low, high, log, step}, or {choices}
+    direction: str = "maximize"  # or minimize
+    trials: int = 20
+    startup_trials: int = 8  # drawn at random before the sampler looks at results
+    seed: int = 0
+
+
+@dataclass
+class SweepConfig:
+    """What a sweep does beside its members (beit train -m sweep=...)."""
+
+    before: list[str] = field(default_factory=list)  # recipes that they all need, run once
+    after: list[str] = field(default_factory=list)  # recipes run from each one's weights
+    evaluations: dict[str, Any] = field(default_factory=dict)  # of each one's frozen backbone
+    metric: str = "val/loss"  # of a member or what follows it, as finetune/val/acc1
+    search: SearchConfig | None = None
+
+
+@dataclass
 class TrainConfig:
     """The root of a training config: a key that is not here is refused."""
 
@@ -90,6 +115,7 @@ class TrainConfig:
     normalize: Any = None
     mixing: Any = None
     optim: Any = None
+    sweep: SweepConfig | None = None  # of the sweep; a member of it has none
     labelled: Any = None  # data with labels for callbacks=online_probe; never trained on
     callbacks: Any = None
     logger: Any = None
@@ -288,7 +314,10 @@ def dotted_keys(node: Any, prefix: str = "") -> Iterator[tuple[str, bool]]:
 
 def check_missing(cfg: DictConfig) -> None:
     """Raises UserError that names every key without a value."""
-    checks.check_missing([key for key, missing in dotted_keys(cfg) if missing])
+    missing = [key for key, missing in dotted_keys(cfg) if missing]
+    if cfg.get("init_from") == REQUIRED:
+        missing.append("init_from")
+    checks.check_missing(missing)
 
 
 def check(cfg: DictConfig) -> None:

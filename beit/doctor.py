@@ -1,4 +1,4 @@
-"""A run examined before it begins; the cheap part of it, which `beit train` does too, is `quick`."""
+"""A run examined before it begins; the part that `beit train` does too is `preflight.quick`."""
 
 import copy
 from collections.abc import Iterator
@@ -182,7 +182,9 @@ def _of_steps(
     plan = f"{total:,} steps, {per_epoch:,} an epoch, {seen:,} images"
     on_gpu = uses_gpu(dict(cfg.trainer), machine)
     if on_gpu and not machine.gpus:
-        need = f"{seen * found.flop:.3g} FLOP, {seen * found.flop / 3.6e17:.3g} hours of 100 TFLOP/s"
+        need = (
+            f"{seen * found.flop:.3g} FLOP, {seen * found.flop / 3.6e17:.3g} hours of 100 TFLOP/s"
+        )
         yield Finding("ok", "time", f"{plan}: {need}; no such device is here to measure")
         return
     if steps:

@@ -58,8 +58,6 @@ def fit(cfg: DictConfig, words: Sequence[str] | None = None) -> dict[str, float]
         config.settle_tokenizer(cfg)
         config.check(cfg)
         world_size = _settle(cfg)
-        if first:
-            quick.warn(cfg, words)
         watch = RankWatch(
             config.instantiate(cfg.job),
             world_size=world_size,
@@ -104,6 +102,7 @@ def fit(cfg: DictConfig, words: Sequence[str] | None = None) -> dict[str, float]
             resume.write_run_id(folder, beginning.run_id)
             run_log.open(folder / "train.log")
             run_folder.write_records(folder, OmegaConf.to_yaml(OmegaConf.create(settled)))
+            quick.warn(cfg, words)
         _announce(cfg, task, world_size)
         restarts.meet_again(trainer)
         with signals.handled(ends_process=False):  # where the command line has not done so before

@@ -31,6 +31,9 @@ NUMBERS = {
     "vocabulary": ("tokenizer.vocab_size",),
     "mask ratio": ("masking.mask_ratio",),
     "least block": ("masking.min_block_patches",),
+    "targets": ("task.target._target_",),
+    "predicted": ("task.predict",),
+    "masked input": ("task.mask_input",),
     "labels a class": ("labels_per_class",),
     "epochs": ("trainer.max_epochs",),
     "steps": ("trainer.max_steps",),
@@ -84,7 +87,7 @@ def _first(cfg: Any, keys: tuple[str, ...]) -> str:
         above, _, leaf = key.rpartition(".")
         try:
             node = OmegaConf.select(cfg, above) if above else cfg
-            if node is None or leaf not in node.keys():  # `in` the node itself is also False of ???
+            if node is None or leaf not in node.keys():  # noqa: SIM118  `in node` passes over ???
                 continue
             return "given by its user" if OmegaConf.is_missing(node, leaf) else _shown(node[leaf])
         except OmegaConfBaseException:  # read from a file that an earlier recipe makes
@@ -95,10 +98,14 @@ def _first(cfg: Any, keys: tuple[str, ...]) -> str:
 def _shown(value: Any) -> str:
     if value is None or value == -1:
         return _NOTHING
+    if value == config.REQUIRED:
+        return "given by its user"
     if isinstance(value, bool):
         return "yes" if value else "no"
     if OmegaConf.is_list(value):
-        return ", ".join(map(_shown, value))
+        return " ".join(map(_shown, value))
+    if isinstance(value, str) and value.startswith("beit."):  # a class
+        return value.rpartition(".")[2]
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
@@ -115,7 +122,7 @@ def table(names: list[str]) -> str:
     columns = [c for c in [*NUMBERS, "expect"] if any(c in row for row in rows.values())]
     values = {c: {row.get(c, _NOTHING) for row in rows.values()} for c in columns}
     shared = [c for c in columns if len(values[c]) == 1 and c != "expect" and len(names) > 1]
-    told = ", ".join(f"{c} {values[c].copy().pop()}" for c in shared if values[c] != {_NOTHING})
+    told = "; ".join(f"{c} {values[c].copy().pop()}" for c in shared if values[c] != {_NOTHING})
     shown = [c for c in columns if c not in shared]
     lines = [f"| recipe | {' | '.join(shown)} |", f"| --- |{' --- |' * len(shown)}"]
     for name, row in rows.items():

@@ -1,5 +1,6 @@
 """What several test files share: a run of each stage, small enough to make once a session."""
 
+import logging
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,16 @@ TINY_MIM = [
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--write-docs", action="store_true", help="write what was measured into docs/")
+
+
+@pytest.fixture(autouse=True)
+def log_as_at_first() -> None:
+    """What an earlier test made of the program's log is not this test's business."""
+    logger = logging.getLogger("beit")
+    logger.setLevel(logging.NOTSET)
+    logger.propagate = True
+    for handler in list(logger.handlers):
+        logger.removeHandler(handler)
 
 
 @pytest.fixture(scope="session")

@@ -43,7 +43,9 @@ def test_parameters_without_a_gradient_are_named(tiny: Words):
 
 
 def test_what_cannot_be_is_an_error_and_exit_code_1(tiny: Words, capsys, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["beit", "doctor", *tiny["classification"], "model.image_size=30"])
+    monkeypatch.setattr(
+        "sys.argv", ["beit", "doctor", *tiny["classification"], "model.image_size=30"]
+    )
     assert cli.main() == 1
     shown = " ".join(capsys.readouterr().out.split())
     assert "error" in shown
@@ -66,11 +68,15 @@ def test_the_recipes_own_numbers_are_those_without_the_users_words():
     assert reference(["task=tokenizer", "data=digits", "batch.global_size=64"]) is None
 
 
-def test_training_warns_where_the_batch_was_changed_alone(tiny: Words, tmp_path):
-    words = [*tiny["classification"], "trainer.max_steps=1", "logger=none", "loader.num_workers=0"]
+def test_training_warns_where_the_batch_was_changed_alone(tiny: Words, tmp_path, monkeypatch):
+    where = f"paths.runs_dir={tmp_path}"
+    words = [*tiny["classification"], "trainer.max_steps=1", "logger=none", where]
+    # by the command, where Hydra is at work already, and from Python
+    monkeypatch.setattr("sys.argv", ["beit", "train", *words, "name=alone"])
+    assert cli.main() == 0
+    beit.train(*words, "name=both", "optim.lr=5e-4")
     warned = {}
-    for name, more in (("alone", []), ("both", ["optim.lr=5e-4"])):
-        beit.train(*words, *more, f"paths.runs_dir={tmp_path}", f"name={name}")
+    for name in ("alone", "both"):
         lines = (tmp_path / name / "train.log").read_text().splitlines()
         warned[name] = [line for line in lines if " W " in line and "learning rate" in line]
     assert not warned["both"]

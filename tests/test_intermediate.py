@@ -71,7 +71,9 @@ def test_a_larger_grid_keeps_the_network_but_for_its_tables(chain: Path, tiny: W
         assert torch.equal(value[-3:], old[-3:])
         before, after = old[:-3].view(15, 15, 2), value[:-3].view(27, 27, 2)
         # geometric: the nearest neighbours stay one patch away, and the farthest the farthest
-        assert torch.allclose(after[12:15, 12:15], before[6:9, 6:9], atol=2e-3 * float(old.abs().max()))
+        assert torch.allclose(
+            after[12:15, 12:15], before[6:9, 6:9], atol=2e-3 * float(old.abs().max())
+        )
         assert torch.allclose(after[::26, ::26], before[::14, ::14], atol=1e-5)
 
 

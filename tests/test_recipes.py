@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from beit import config
 from beit.checkpoints.file import write_file
+from beit.errors import UserError
 
 FOLDER = config.config_dir() / "experiment"
 RECIPES = sorted(str(p.relative_to(FOLDER).with_suffix("")) for p in FOLDER.rglob("*.yaml"))
@@ -27,7 +28,9 @@ def compose(recipe: str, folder: Path) -> DictConfig:
     cfg = config.compose([f"experiment={recipe}"])
     for key, value in GIVEN.items():
         parent, leaf = _parent(cfg, key), key.rpartition(".")[2]
-        if parent is not None and OmegaConf.is_missing(parent, leaf):
+        if parent is not None and (
+            OmegaConf.is_missing(parent, leaf) or parent.get(leaf) == config.REQUIRED
+        ):
             OmegaConf.update(cfg, key, value)
     if cfg.tokenizer is not None and "path" in cfg.tokenizer:
         cfg.tokenizer.path = _tokenizer_checkpoint(folder, Path(recipe).parent.name)
@@ -93,6 +96,19 @@ def _accepts(node: Any) -> None:
         _accepts(value)
 
 
+@pytest.mark.parametrize(
+    "recipe", [r for r in RECIPES if "init_from:" in (FOLDER / f"{r}.yaml").read_text()]
+)
+def test_recipe_that_starts_from_a_checkpoint_does_not_run_without(recipe: str) -> None:
+    # a missing value does not take the place of the schema's null: nothing would be asked for
+    assert "init_from: ???" not in (FOLDER / f"{recipe}.yaml").read_text()
+    cfg = config.compose([f"experiment={recipe}"])
+    if str(cfg.init_from).startswith("runs/"):  # of an earlier recipe
+        return
+    with pytest.raises(UserError, match=r"init_from has no value: give it, as in init_from=VALUE"):
+        config.check(cfg)
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_recipe_says_where_it_comes_from(recipe: str) -> None:
     lines = (FOLDER / f"{recipe}.yaml").read_text().splitlines()
@@ -106,9 +122,18 @@ def test_recipe_says_where_it_comes_from(recipe: str) -> None:
 @pytest.mark.parametrize("sweep", SWEEPS)
 def test_sweeps_search_over_keys_that_exist(sweep: str) -> None:
     text = OmegaConf.load(config.config_dir() / "sweep" / f"{sweep}.yaml")
-    cfg = config.compose(["experiment=finetune/base_pt1k"])
-    for key in text.hydra.sweeper.params:
-        assert OmegaConf.select(cfg, key) is not None, key
+    params = OmegaConf.select(text, "hydra.sweeper.params") or {}
+    space = OmegaConf.select(text, "sweep.search.space") or {}
+    stage = "pretrain/base_300ep" if sweep == "mask_ratio" else "finetune/base_pt1k"
+    cfg = config.compose([f"experiment={stage}"])
+    assert params or space
+    for key in [*params, *space]:
+        if key == "experiment":  # a group, not a key
+            assert {name.strip() for name in params[key].split(",")} <= set(RECIPES)
+        else:
+            assert OmegaConf.select(cfg, key) is not None, key
+    recipes = [OmegaConf.select(text, f"sweep.{when}") or [] for when in ("before", "after")]
+    assert {*recipes[0], *recipes[1]} <= set(RECIPES)
 
 
 TABLE_12 = {  # BEiT, table 12: lr, min_lr, weight decay, betas, eps, warm-up, batch

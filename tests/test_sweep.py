@@ -165,7 +165,7 @@ def test_the_sweeping_process_imports_nothing_heavy(tmp_path: Path) -> None:
     code = (
         "import sys; from beit import cli, sweep; sys.argv = ['beit', 'train', '-m', 'seed=0,1', "
         f"'experiment=demo/scratch', 'paths.runs_dir={tmp_path}']; "
-        "sweep.Sweep._run = lambda self, folder, member: setattr(member, 'state', 'done'); "
+        "sweep.Sweep._run = lambda self, folder, member, stages: setattr(member, 'state', 'done'); "
         "code = cli.main(); assert code == 0, code; "
         "assert not {'torch', 'lightning', 'timm'} & set(sys.modules)"
     )

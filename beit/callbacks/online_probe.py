@@ -85,7 +85,7 @@ class OnlineProbe(L.Callback):
         if stage != "fit":
             return
         if self._data is None:  # else the runner has asked before it made the run's folder
-            self.check(pl_module, trainer.datamodule)  # type: ignore[attr-defined]
+            self.check(pl_module, trainer.datamodule)
         assert self._data is not None
         if trainer.is_global_zero:
             sizes = len(self._data.train), len(self._data.val)

@@ -82,7 +82,8 @@ class ClassFolder(_Files):
         assert self.classes is not None
         for name in self.classes:
             count = 0
-            for count, file in enumerate(image_files(folder / name), start=1):
+            for file in image_files(folder / name):
+                count += 1
                 yield f"{name}{os.sep}{file}"
             if not count:
                 raise UserError(

@@ -10,6 +10,11 @@ from beit.models.layers import NORM_EPS
 from beit.models.vit import truncated_normal_
 
 
+def chosen_patches(features: Tensor, mask: Tensor) -> Tensor:
+    """Features (B,1+N,D) and mask (B,h,w) bool -> those of the masked patches (M,D), row-major."""
+    return features[:, 1:][mask.flatten(1)]
+
+
 class MIMHead(nn.Module):
     """One Linear to the vocabulary of visual tokens, at masked patches only.
 
@@ -29,7 +34,7 @@ class MIMHead(nn.Module):
 
         `token_ids[mask]` of ids (B,h,w) are the targets, in the same order.
         """
-        return self.lm_head(features[:, 1:][mask.flatten(1)])
+        return self.lm_head(chosen_patches(features, mask))
 
 
 class PixelHead(nn.Module):
@@ -46,7 +51,7 @@ class PixelHead(nn.Module):
 
     def forward(self, features: Tensor, mask: Tensor) -> Tensor:
         """Features (B,1+N,D) and mask (B,h,w) bool -> pixels (M,3·patch_size²), as of MIMHead."""
-        return self.decoder(features[:, 1:][mask.flatten(1)])
+        return self.decoder(chosen_patches(features, mask))
 
 
 class ClassificationHead(nn.Module):

@@ -53,10 +53,9 @@ def check_machine(
     on_gpu = uses_gpu(trainer, machine)
     yield _devices(processes, on_gpu, machine)
     yield check_precision(str(trainer.get("precision")), on_gpu=on_gpu, machine=machine)
-    busy = processes * (workers + (0 if on_gpu else 1))
-    text = f"{processes} processes with {workers} workers each on {machine.cores} cores"
-    if busy > machine.cores and workers:
-        fitting = max(0, machine.cores // processes - (0 if on_gpu else 1))
+    text = f"{_processes(processes)} with {workers} workers each on {machine.cores} cores"
+    if processes * workers > machine.cores:
+        fitting = machine.cores // processes
         text += f": they wait for each other; say loader.num_workers={fitting}"
         yield Finding("warn", "workers", text)
     else:
@@ -72,13 +71,17 @@ def _devices(processes: int, on_gpu: bool, machine: Machine) -> Finding:
     there = len(machine.gpus)
     if not on_gpu:
         spare = f"; {there} GPUs stay unused: say trainer=gpu" if there else ""
-        text = f"{processes} processes on {machine.cores} cores{spare}"
+        text = f"{_processes(processes)} on {machine.cores} cores{spare}"
         return Finding("warn" if spare or processes > machine.cores else "ok", "devices", text)
     if processes > there:
         mend = f"say trainer.devices={there}" if there else "say trainer=cpu"
         text = f"{processes} GPUs are asked for and {there} are here: {mend}"
         return Finding("error", "devices", text)
     return Finding("ok", "devices", f"{processes} of {there} GPUs")
+
+
+def _processes(count: int) -> str:
+    return f"{count} process" + ("es" if count > 1 else "")
 
 
 def check_precision(precision: str, *, on_gpu: bool, machine: Machine) -> Finding:
@@ -88,8 +91,8 @@ def check_precision(precision: str, *, on_gpu: bool, machine: Machine) -> Findin
         units = [flag for flag in _BF16_UNITS if flag in machine.cpu_flags]
         if on_gpu and slow:
             text = (
-                f"{precision} on a GPU of capability {slow[0][0]}.{slow[0][1]}, without bf16 units: "
-                "it is emulated; say trainer.precision=16-mixed"
+                f"{precision} on a GPU of capability {slow[0][0]}.{slow[0][1]}, which has no bf16 "
+                "units: it is emulated; say trainer.precision=16-mixed"
             )
             return Finding("warn", "precision", text)
         if not on_gpu and not units:

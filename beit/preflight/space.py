@@ -28,7 +28,7 @@ class Weights:
 
     @property
     def in_checkpoint(self) -> int:
-        """Bytes of a checkpoint: weights, moments and, beside the average, the weights themselves."""
+        """Bytes of a checkpoint: weights, moments and, beside an average, the weights too."""
         copies = 1 + self.averaged
         return (self.total * copies + self.trained * _MOMENTS) * _FLOAT
 
@@ -92,7 +92,9 @@ def check_patches(
     """Findings on image size and patch, and on images (H, W) much smaller than what they become."""
     height, width = image_size
     grid = height // patch_size, width // patch_size
-    text = f"{height}x{width} px in patches of {patch_size}: {grid[0]}x{grid[1]} = {math.prod(grid)}"
+    text = (
+        f"{height}x{width} px in patches of {patch_size}: {grid[0]}x{grid[1]} = {math.prod(grid)}"
+    )
     few = math.prod(grid) < 16  # the paper's block of masked patches alone has as many
     yield Finding("warn" if few else "ok", "patches", text + (", which are few" if few else ""))
     if sizes:

@@ -113,7 +113,21 @@ def check_hydra(node: dict[str, Any], words: list[str]) -> None:
     own = node.get("overrides") or {}
     if any(word not in words for kind in ("task", "hydra") for word in own.get(kind) or ()):
         raise UserError("hydra.overrides may not be set by a config")
-    _check_space((node.get("sweeper") or {}).get("params") or {})
+    _check_space("hydra.sweeper.params", (node.get("sweeper") or {}).get("params") or {})
+
+
+def _check_sweep(node: Any) -> None:
+    """Raises UserError for what a sweep may not put into its members' and stages' words."""
+    if not isinstance(node, dict):
+        return
+    _check_space("sweep.search.space", (node.get("search") or {}).get("space") or {})
+    for name, settings in (node.get("evaluations") or {}).items():
+        _check_space("sweep.evaluations", {name: ""})
+        for key in settings or ():
+            if not re.fullmatch(r"(evaluation\.\w+|labels_per_class|batch\.\w+)", str(key)):
+                raise UserError(f"sweep.evaluations.{name}.{key} may not be set by a sweep")
+    for recipe in [*(node.get("before") or ()), *(node.get("after") or ())]:
+        _check_space("sweep", {recipe: ""})
 
 
 def _check_plugin(kind: str, node: dict[str, Any]) -> None:
@@ -132,14 +146,14 @@ def _check_plugin(kind: str, node: dict[str, Any]) -> None:
     targets.check_nodes(rest, lambda place: ".".join(map(str, ("hydra", kind, *place))))
 
 
-def _check_space(params: dict[str, Any]) -> None:
+def _check_space(where: str, params: dict[str, Any]) -> None:
     """What a sweep searches over becomes words of the members' command lines."""
     for key, value in params.items():
         name = str(key).lstrip("+~")
         plain = re.fullmatch(r"[\w.@/:-]+", name) and "\n" not in str(value)
         first = re.split(r"[./@:]", name)[0]
         if not plain or first in ("hydra", "trust") or name in folders.OURS:
-            raise UserError(f"hydra.sweeper.params.{key} may not be searched over")
+            raise UserError(f"{where}.{key} may not be searched over")
 
 
 def check_composed(cfg: DictConfig, words: list[str], *, acts: bool) -> None:
@@ -162,6 +176,7 @@ def check_composed(cfg: DictConfig, words: list[str], *, acts: bool) -> None:
         secrets.check_secrets({**own, "overrides": None})
     check_interpolations(content, COMPOSED)
     secrets.check_secrets(content)
+    _check_sweep(content.get("sweep"))
     _check_content(content)
     if "paths" in content:
         folders.check_folders(cfg, words)

@@ -1,6 +1,6 @@
-"""Linear probes trained by gradient descent, as in the paper; `evaluation=linear_probe` solves them.
+"""Linear probes trained by gradient descent, as in the paper.
 
-The backbone is frozen; nothing of it is learnt, nor of its running state.
+`evaluation=linear_probe` solves them instead. The backbone is frozen, and its mode with it.
 """
 
 from typing import Any

@@ -227,6 +227,7 @@ def test_every_entry_of_the_table_is_a_key(tiny):
     words = [[*tiny[task], "name=x"] for task in ("mim", "classification", "tokenizer")]
     words[0] += ["tokenizer=dalle", "tokenizer.encoder_path=x", "callbacks=[mim,online_probe]"]
     words += [[*tiny["mim"], "name=x", "tokenizer.path=x"]]
+    words += [["task=segmentation", "data=voc", "model=tiny", "name=x"]]
     keys = {key for some in words for key, _ in config.dotted_keys(config.compose(some))}
     assert set(FREE) - optional - keys == set()
 

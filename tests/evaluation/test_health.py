@@ -82,6 +82,7 @@ def test_entropies_are_those_of_the_probabilities(backbone, images, labelled, no
         model.rel_pos_bias.relative_position_bias_table.normal_()
     data = labelled(noise(9), noise(5))
     report = Health()(Network(model, None), data, CPU)
+    assert not any(block.attn._forward_hooks for block in model.blocks)
     totals = {}
     look = [
         block.attn.register_forward_hook(

@@ -70,8 +70,8 @@ def test_precision_needs_its_units(precision, on_gpu, flags, gpus, level):
 @pytest.mark.parametrize(
     ("accelerator", "processes", "workers", "there", "levels"),
     [
-        ("cpu", 1, 3, {}, ["ok", "ok"]),
-        ("cpu", 1, 4, {}, ["ok", "warn"]),
+        ("cpu", 1, 4, {}, ["ok", "ok"]),
+        ("cpu", 1, 5, {}, ["ok", "warn"]),
         ("cpu", 5, 0, {}, ["warn", "ok"]),
         ("cpu", 1, 0, {"gpus": [(8, 0)]}, ["warn", "ok"]),
         ("gpu", 1, 2, {}, ["error", "ok"]),

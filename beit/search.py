@@ -1,0 +1,97 @@
+"""A search by Optuna, behind `beit train -m`.
+
+Hydra's own plugin for it (hydra-optuna-sweeper 1.3.0) needs an Optuna before 3.0, so Optuna is
+asked itself. Its study lies in the sweep's folder as a file of SQLite, and goes on with it.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from beit.errors import UserError
+from beit.stages import quoted
+
+STUDY = "optuna.db"
+# number, words of the trial, whether one that failed is tried again -> its metric
+Try = Callable[[int, list[str], bool], float | None]
+
+
+def run(
+    settings: dict[str, Any], folder: Path, attempt: Try, *, stopped: Callable[[], bool]
+) -> float | None:
+    """Try what the study asks for, until there are `trials` of them. Returns the best metric.
+
+    A trial that failed counts as one and is not tried again. What a sampler draws for a trial is a
+    function of the seed, the trial's number and the results before it: a search that was cut goes
+    on as if it had not been.
+
+    Raises UserError for a space that cannot be searched, and where Optuna is missing.
+    """
+    optuna = _optuna()
+    space = {key: _distribution(optuna, key, node) for key, node in settings["space"].items()}
+    if settings["direction"] not in ("minimize", "maximize"):
+        raise UserError(f"direction={settings['direction']}: expected minimize or maximize")
+    folder.mkdir(parents=True, exist_ok=True)
+    study = optuna.create_study(
+        storage=f"sqlite:///{(folder / STUDY).absolute()}",
+        study_name="sweep",
+        direction=settings["direction"],
+        load_if_exists=True,
+    )
+    for number in range(settings["trials"]):
+        if stopped():
+            break
+        known = study.get_trials(deepcopy=False)
+        if number < len(known):
+            trial = known[number]
+        else:
+            study.sampler = optuna.samplers.TPESampler(
+                seed=_seed(settings["seed"], number), n_startup_trials=settings["startup_trials"]
+            )
+            trial = study.ask(space)
+        words = [f"{key}={_word(value)}" for key, value in trial.params.items()]
+        finished = number < len(known) and trial.state.is_finished()
+        value = attempt(number, words, not finished)
+        if not finished and not stopped():
+            failed = None if value is not None else optuna.trial.TrialState.FAIL
+            study.tell(number, value, state=failed)
+    done = study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))
+    return study.best_value if done else None
+
+
+def _optuna() -> Any:
+    try:
+        import optuna
+    except ImportError as error:
+        raise UserError(
+            "this sweep is a search by Optuna, which is not installed: pip install 'beit[optuna]'"
+        ) from error
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    return optuna
+
+
+def _distribution(optuna: Any, key: str, node: Any) -> Any:
+    """Of {choices: [...]}, or {low, high} with log or step; whole numbers stay whole."""
+    node = dict(node) if isinstance(node, dict) else {}
+    try:
+        if "choices" in node:
+            return optuna.distributions.CategoricalDistribution(**node)
+        whole = all(type(node.get(end)) is int for end in ("low", "high"))
+        kinds = optuna.distributions.IntDistribution, optuna.distributions.FloatDistribution
+        return kinds[0 if whole else 1](**node)
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"sweep.search.space.{key}={node}: expected {{low, high}} with log: true or a step, or "
+            f"{{choices: [...]}} ({error})"
+        ) from error
+
+
+def _word(value: Any) -> str:
+    return quoted(value) if isinstance(value, str) else str(value)
+
+
+def _seed(seed: int, number: int) -> int:
+    """A sampler of its own for each trial: one that went on would draw the same again."""
+    return int(np.random.SeedSequence([seed, number]).generate_state(1)[0])

@@ -1,0 +1,69 @@
+"""What a sweep runs beside its members: recipes before them, recipes and evaluations after each."""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+WEIGHTS = "checkpoints/last.safetensors"  # in the folder of a run
+# groups whose words reach every stage of a member: where the data are, and what runs it
+_SHARED = ("data", "loader", "trainer", "logger", "job")
+_SHARED_PATHS = ("paths.data_dir", "paths.runs_dir")
+_OF_EVALUATION = ("data", "trainer", "paths.data_dir")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One command: `beit VERB WORDS`. What it measures stands under its name."""
+
+    name: str
+    verb: str
+    words: list[str] = field(default_factory=list)
+    folder: str = ""  # where it is told to write
+
+
+def before(plan: Mapping[str, Any], typed: Iterable[str]) -> list[Stage]:
+    """Recipes that are run once, in their usual folders, or gone on with there."""
+    shared = _shared(typed)
+    return [
+        Stage(recipe, "train", [f"experiment={recipe}", *shared, "resume=auto"])
+        for recipe in plan["before"]
+    ]
+
+
+def after(plan: Mapping[str, Any], typed: Iterable[str], folder: Path, *, seed: int) -> list[Stage]:
+    """Recipes that start from the weights of the member in `folder`, and looks at its backbone."""
+    shared, weights = _shared(typed), folder / WEIGHTS
+    stages = []
+    for recipe in plan["after"]:
+        name = recipe.rpartition("/")[2]
+        own = [f"experiment={recipe}", f"seed={seed}", f"init_from={quoted(weights)}"]
+        stages.append(Stage(name, "train", [*own, *shared, "resume=auto"], str(folder / name)))
+    for name, settings in plan["evaluations"].items():
+        place = str(folder / name)
+        words = [f"checkpoint={weights}", f"evaluation={name}", f"seed={seed}"]
+        words += [word for word in shared if _is_of(word, _OF_EVALUATION)]
+        words += [f"{key}={value}" for key, value in (settings or {}).items()]
+        words += [f"output={place}", "overwrite=true"]
+        stages.append(Stage(name, "evaluate", words, place))
+    return stages
+
+
+def quoted(value: str | Path) -> str:
+    """A text as Hydra reads it in a word, whatever is in it."""
+    text = str(value)
+    if re.fullmatch(r"[\w./-]+", text):
+        return text
+    # a backslash says something only in front of a quote
+    escaped = re.sub(r"(\\*)('|$)", lambda m: 2 * m[1] + ("\\'" if m[2] else ""), text)
+    return f"'{escaped}'"
+
+
+def _shared(typed: Iterable[str]) -> list[str]:
+    return [word for word in typed if _is_of(word, (*_SHARED, *_SHARED_PATHS))]
+
+
+def _is_of(word: str, keys: Iterable[str]) -> bool:
+    key = word.lstrip("+~").partition("=")[0]
+    return any(key == one or key.startswith(f"{one}.") for one in keys)

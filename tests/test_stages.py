@@ -1,0 +1,160 @@
+"""What a sweep runs beside its members: which commands, in which order, and what is kept."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+
+from beit import config, stages, sweep
+from beit.errors import UserError
+from beit.stages import Stage
+from beit.sweep import Sweep
+
+PLAN = {
+    "before": ["x/tokenizer"],
+    "after": ["x/finetune"],
+    "evaluations": {"knn": {"labels_per_class": 5}},
+}
+TYPED = ["sweep=x", "seed=3", "data=folder", "data.num_classes=4", "paths.data_dir=d", "optim.lr=1"]
+SHARED = ["data=folder", "data.num_classes=4", "paths.data_dir=d"]
+
+
+def test_the_words_of_each_stage() -> None:
+    assert stages.before(PLAN, TYPED) == [
+        Stage("x/tokenizer", "train", ["experiment=x/tokenizer", *SHARED, "resume=auto"])
+    ]
+    finetune, knn = stages.after(PLAN, TYPED, Path("s/0"), seed=3)
+    weights = "s/0/checkpoints/last.safetensors"
+    own = ["experiment=x/finetune", "seed=3", f"init_from={weights}"]
+    assert finetune == Stage("finetune", "train", [*own, *SHARED, "resume=auto"], "s/0/finetune")
+    words = [f"checkpoint={weights}", "evaluation=knn", "seed=3", *SHARED, "labels_per_class=5"]
+    assert knn == Stage("knn", "evaluate", [*words, "output=s/0/knn", "overwrite=true"], "s/0/knn")
+
+
+@pytest.mark.parametrize(
+    "text", ["a/b-c.d", "with space", "it's", "a\\b", "\\' \\", "x=1,2", "[a]", "$"]
+)
+def test_a_quoted_text_is_read_by_hydra_as_itself(text: str) -> None:
+    (word,) = OverridesParser.create().parse_overrides([f"key={stages.quoted(text)}"])
+    assert word.value() == text
+
+
+class Done:
+    """Stands for a process: fails where its words say so, and leaves metrics."""
+
+    started: ClassVar[list[list[str]]] = []
+    fails: ClassVar[set[str]] = set()
+
+    def __init__(self, command: list[str], *, env: dict[str, str], **_: Any) -> None:
+        assert command[:3] == [sys.executable, "-m", "beit.cli"]
+        self.started.append(command[3:])
+        what = " ".join(command[3:])
+        self.code = int(any(word in what for word in self.fails))
+        if not self.code:
+            Path(env["BEIT_SWEEP_RESULT"]).write_text(json.dumps({"val/acc1": len(what)}))
+
+    def wait(self) -> int:
+        return self.code
+
+
+@pytest.fixture
+def done(monkeypatch: pytest.MonkeyPatch) -> type[Done]:
+    monkeypatch.setattr(sweep.subprocess, "Popen", Done)
+    Done.started, Done.fails = [], set()
+    return Done
+
+
+def start(folder: Path, *words: str) -> Sweep:
+    made = Sweep(["-m"], metric="finetune/val/acc1")
+    made.prepare(folder, [Stage("tokenizer", "train", ["do=tokenizer", "resume=auto"])])
+    for number in (0, 1):
+        place = str(folder / str(number) / "finetune")
+        finetune = Stage("finetune", "train", [f"do=finetune{number}", "resume=auto"], place)
+        probe = Stage("knn", "evaluate", [f"do=knn{number}"])
+        own = [f"do=pretrain{number}", *words]
+        made.run(folder / str(number), number, own, [finetune, probe])
+    return made
+
+
+def what_ran(done: type[Done]) -> list[str]:
+    return [word[3:] for words in done.started for word in words if word.startswith("do=")]
+
+
+def test_a_chain_stops_where_it_fails_and_goes_on_there(tmp_path: Path, done: type[Done]) -> None:
+    done.fails = {"finetune0"}
+    first = start(tmp_path / "s")
+    rest = ["pretrain1", "finetune1", "knn1"]
+    assert what_ran(done) == ["tokenizer", "pretrain0", "finetune0", *rest]
+    assert [member.state for member in first.members[1:]] == [
+        "finetune failed, exit code 1",
+        "done",
+    ]
+    assert set(first.members[2].metrics) == {"val/acc1", "finetune/val/acc1", "knn/val/acc1"}
+    assert first.code() == 1
+    assert first.table().count("\n") == 2  # what runs before the members is none of them
+    done.started.clear()
+    done.fails.clear()
+    again = start(tmp_path / "s", "resume=auto")
+    assert what_ran(done) == ["finetune0", "knn0"]
+    assert again.code() == 0
+    assert set(again.members[1].metrics) == set(first.members[2].metrics)
+    assert [len(words) for words in done.started if "paths.output_dir" in words[-1]] == [4]
+
+
+def test_without_what_they_need_no_member_runs(tmp_path: Path, done: type[Done]) -> None:
+    done.fails = {"tokenizer"}
+    with pytest.raises(UserError, match="tokenizer, which the members need: failed"):
+        start(tmp_path / "s")
+    assert what_ran(done) == ["tokenizer"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "sweep.evaluations.knn.output=x",
+        "sweep.evaluations.knn.trust=x",
+        "sweep.after=['x trust=[os.]']",
+        "sweep.before=['a=b']",
+    ],
+)
+def test_a_stages_words_are_no_place_for_others(words: str) -> None:
+    with pytest.raises(UserError, match="may not be"):
+        config.compose(["sweep=table4", f"+{words}" if "evaluations" in words else words])
+
+
+def test_table_4_is_the_papers() -> None:
+    """Each row differs from the first in what its name says, and in nothing else."""
+    rows = {
+        "no_blockwise": {"masking"},
+        "pixels": {"task.target", "task.head", "views", "datamodule"},
+        "pixels_no_blockwise": {"masking", "task.target", "task.head", "views", "datamodule"},
+        "all_patches": {"task.predict"},
+        "unmasked_input": {"task.predict", "task.mask_input"},
+        "longer": {"trainer"},
+    }
+    cfg = config.compose(["sweep=table4"])
+    members = config.compose(["sweep=table4"]).sweep
+    assert (list(members.before), list(members.after)) == (
+        ["table4/tokenizer"],
+        ["table4/finetune"],
+    )
+    for row, expected in rows.items():
+        other = config.compose([f"experiment=table4/{row}"])
+        assert _differing(cfg, other) == expected, row
+    longer = config.compose(["experiment=table4/longer"])
+    assert longer.trainer.max_epochs / cfg.trainer.max_epochs == pytest.approx(800 / 300)
+
+
+def _differing(one: Any, other: Any) -> set[str]:
+    from omegaconf import OmegaConf
+
+    plain = [OmegaConf.to_container(cfg, resolve=False) for cfg in (one, other)]
+    for cfg in plain:
+        cfg |= {f"task.{key}": value for key, value in cfg.pop("task").items()}
+        for key in ("name", "sweep", "hydra"):
+            cfg.pop(key, None)
+    keys = plain[0].keys() | plain[1].keys()
+    return {key for key in keys if plain[0].get(key) != plain[1].get(key)}
