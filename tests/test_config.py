@@ -1,6 +1,7 @@
 """The checks across fields, and the arithmetic of the global batch."""
 
 import pytest
+import torch
 from omegaconf import OmegaConf
 
 from beit import config
@@ -107,3 +108,15 @@ def test_the_resolved_config_is_plain_data() -> None:
     settled = config.plain(config.compose([*DEMO, *SIZES]))
     assert settled["task"]["backbone"]["width"] == settled["model"]["width"] == 192
     assert settled["loader"]["global_batch_size"] == 8
+
+
+def test_a_seed_gives_the_same_backbone_whatever_head_it_has() -> None:
+    def first_weights(*words: str) -> torch.Tensor:
+        cfg = config.compose(["model=micro", "data=digits", "model.init_cut=2.0", *words])
+        torch.manual_seed(5)
+        return config.instantiate(cfg.task).backbone.patch_embed.proj.weight
+
+    expected = first_weights("task=classification")
+    for words in (["pooling=cls"], ["data.num_classes=3"], ["model.drop_path_rate=0"]):
+        assert torch.equal(first_weights("task=classification", *words), expected)
+    assert torch.equal(first_weights("task=linear_probe"), expected)
