@@ -21,6 +21,7 @@ from beit.words import (
     split,
     split_all,
     split_flags,
+    split_known,
     whole_number,
     whole_numbers,
 )
@@ -284,12 +285,12 @@ def predict(arguments: list[str]) -> int:
 
     usage = (
         "checkpoint=PATH images=FILE_OR_FOLDER [top_k=5] [batch_size=32] [output=FILE], or of a "
-        "segmentation output=FOLDER [overwrite=true]"
+        "segmentation output=FOLDER [overwrite=true] [inference=whole|sliding|multiscale]"
     )
     if _helped(arguments, "predict", usage):
         return 0
     keys = ("checkpoint", "images", "top_k", "batch_size", "output", "overwrite")
-    own = split_all(arguments, keys, "predict", usage)
+    own, changes = split_known(arguments, keys, ("inference", "views"), "predict", usage)
     log_to_console()
     checkpoint, images = required(own, "checkpoint"), required(own, "images")
     options: dict[str, Any] = {
@@ -299,7 +300,7 @@ def predict(arguments: list[str]) -> int:
     }
     from beit.predictor import open_predictor
 
-    predictor = open_predictor(checkpoint)
+    predictor = open_predictor(checkpoint, changes)
     output = None if predictor.makes_files else new_file(own, "output")
     folder = own.get("output") if predictor.makes_files else None
     lines = predictor.predict(images, output=folder, **options)

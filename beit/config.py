@@ -1,26 +1,28 @@
-"""The configuration: its root schema, its resolvers and the checks across fields.
+"""The configuration: how it is composed, what is settled late, and the checks across fields.
 
-With `checks` the only file that knows the keys of the config tree. Everything below the door takes
-plain arguments. Hydra refuses an unknown key in a node that a schema describes; the nodes with a
-`_target_` are checked against their constructors (see `building`).
+With `schema` and `checks` the only file that knows the keys of the config tree. Everything below
+the door takes plain arguments. The nodes with a `_target_` are checked against their constructors
+(see `building`).
 """
 
 import functools
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING, DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from beit import checks
 from beit.building import check_arguments, check_values, located
 from beit.building import instantiate as instantiate
 from beit.errors import UserError
+from beit.resolvers import RESOLVERS
+from beit.schema import EvaluateConfig, TrainConfig
 from beit.security import secrets
 from beit.security.composing import vetted as vetted
-from beit.sizes import height_width, patch_grid
+from beit.sizes import patch_grid
 
 PACKAGE_DIR = Path(__file__).resolve().parent
 
@@ -44,155 +46,11 @@ def config_dir() -> Path:
     )
 
 
-@dataclass
-class BatchConfig:
-    """Sizes of a batch, in images."""
-
-    global_size: int = MISSING  # images in one optimizer step, over all devices
-    per_device: int = MISSING  # images in one forward pass of one device
-
-
-@dataclass
-class PathsConfig:
-    """Folders. `output_dir` belongs to one run alone."""
-
-    data_dir: str = "data"
-    runs_dir: str = "runs"
-    output_dir: str = "${paths.runs_dir}/${name}"
-
-
-@dataclass
-class SearchConfig:
-    """A search by Optuna, one member after the other."""
-
-    space: dict[str, Any] = MISSING  # key: {low, high, log, step}, or {choices}
-    direction: str = "maximize"  # or minimize
-    trials: int = 20
-    startup_trials: int = 8  # drawn at random before the sampler looks at results
-    seed: int = 0
-
-
-@dataclass
-class SweepConfig:
-    """What a sweep does beside its members (beit train -m sweep=...)."""
-
-    before: list[str] = field(default_factory=list)  # recipes that they all need, run once
-    after: list[str] = field(default_factory=list)  # recipes run from each one's weights
-    evaluations: dict[str, Any] = field(default_factory=dict)  # of each one's frozen backbone
-    metric: str = "val/loss"  # of a member or what follows it, as finetune/val/acc1
-    search: SearchConfig | None = None
-
-
-@dataclass
-class TrainConfig:
-    """The root of a training config: a key that is not here is refused."""
-
-    task: Any = MISSING
-    datamodule: Any = MISSING
-    data: Any = MISSING
-    trainer: Any = MISSING
-    job: Any = MISSING
-    task_name: str = MISSING  # one word, set by the task
-    name: str = MISSING  # of the run; its folder under paths.runs_dir
-    seed: int = 0
-    labels_per_class: Any = "all"  # train on this many labelled images of each class
-    views_per_image: int | None = None  # pretraining: so many crops of each, again and again
-    token_cache: str | None = None  # pretraining: the folder that keeps those views' tokens
-    resume: str | None = None  # the same run goes on: a checkpoint, or 'auto'
-    allow_changes: list[str] = field(default_factory=list)  # keys in which a resumed run may differ
-    init_from: str | None = None  # a new run starts from the weights of this checkpoint
-    compile: bool = False  # the networks by torch.compile: minutes at the start, faster steps
-    batch: BatchConfig = field(default_factory=BatchConfig)
-    loader: Any = MISSING
-    paths: PathsConfig = field(default_factory=PathsConfig)
-    model: Any = None
-    tokenizer: Any = None
-    masking: Any = None
-    pyramid: Any = None
-    head: Any = None
-    inference: Any = None
-    views: Any = None
-    normalize: Any = None
-    mixing: Any = None
-    optim: Any = None
-    sweep: SweepConfig | None = None  # of the sweep; a member of it has none
-    labelled: Any = None  # data with labels for callbacks=online_probe; never trained on
-    callbacks: Any = None
-    logger: Any = None
-
-
-@dataclass
-class FeaturesConfig:
-    """Where features lie."""
-
-    memory_gb: float = 4.0
-    folder: str | None = None
-
-
-@dataclass
-class DataPathConfig:
-    """The folder that data configs refer to."""
-
-    data_dir: str = "data"
-
-
-@dataclass
-class EvaluateConfig:
-    """The root of an evaluation of a frozen backbone: a key that is not here is refused."""
-
-    evaluation: Any = MISSING
-    data: Any = MISSING
-    trainer: Any = MISSING
-    view: Any = MISSING
-    loader: Any = MISSING
-    seed: int = 0
-    labels_per_class: Any = "all"  # learn from this many labelled images of each class
-    compare_random: bool = False  # the same of the same network with random weights
-    batch: BatchConfig = field(default_factory=BatchConfig)
-    features: FeaturesConfig = field(default_factory=FeaturesConfig)
-    paths: DataPathConfig = field(default_factory=DataPathConfig)
-
-
-def _checkpoint_config(path: str) -> dict[str, Any]:
-    """The config in a checkpoint; the file is read once for as long as it stays the same."""
-    file = Path(path).expanduser()
-    written = file.stat().st_mtime_ns if file.is_file() else 0
-    return _read_config(str(file), written)
-
-
-@functools.lru_cache(maxsize=8)
-def _read_config(path: str, written: int) -> dict[str, Any]:
-    from beit.checkpoints.models import read_checkpoint
-
-    return read_checkpoint(path).config
-
-
-def _checkpoint_value(path: str, key: str) -> int:
-    """A number out of the config that a checkpoint carries: `${checkpoint_value:path,a.b}`.
-
-    A text or a node, of a stranger's perhaps, would come to stand in a config that was checked.
-    """
-    value: Any = _checkpoint_config(path)
-    for part in key.split("."):
-        value = value.get(part) if isinstance(value, dict) else None
-    if type(value) is not int:
-        raise UserError(f"{path} is not a tokenizer's checkpoint: its config has no number {key!r}")
-    return value
-
-
 def register() -> None:
     """Make the schema and the resolvers known to Hydra. May be called again."""
     ConfigStore.instance().store(name="train_schema", node=TrainConfig)
     ConfigStore.instance().store(name="evaluate_schema", node=EvaluateConfig)
-    resolvers: dict[str, Callable[..., Any]] = {
-        "grid": lambda image, patch: list(patch_grid(image, patch)),
-        "token_size": lambda image, patch, stride: [
-            side * stride for side in patch_grid(image, patch)
-        ],
-        "window_stride": lambda window: [side * 2 // 3 for side in height_width(window)],
-        "checkpoint_value": _checkpoint_value,
-    }
-    for name, function in resolvers.items():
+    for name, function in RESOLVERS.items():
         OmegaConf.register_new_resolver(name, function, replace=True)
 
 

@@ -72,7 +72,7 @@ def evaluate(
 def predict(
     checkpoint: str | Path,
     images: str | Path,
-    *,
+    *changes: str,
     top_k: int = 5,
     batch_size: int = 32,
     output: str | Path | None = None,
@@ -82,11 +82,11 @@ def predict(
 
     Of a classifier: the path and the `top_k` classes with scores. Of a segmentation: the path and
     the area of each class, with pictures in the folder `output`, where nothing is written over
-    without `overwrite`.
+    without `overwrite`; `changes` as in `inference=multiscale` say how it goes over the image.
     """
     options: dict[str, Any] = {"top_k": top_k, "batch_size": batch_size}
     options |= {"output": output, "overwrite": overwrite}
-    return list(open_predictor(checkpoint).predict(images, **options))
+    return list(open_predictor(checkpoint, changes).predict(images, **options))
 
 
 def load_model(checkpoint: str | Path) -> nn.Module:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from beit.errors import UserError
 from beit.files import explained, replace_text
+from beit.markdown import table_of
 from beit.nearest import did_you_mean
 from beit.sweep import Member, recorded
 
@@ -54,13 +55,12 @@ class Table:
     def markdown(self) -> str:
         """Means over the seeds, with the least and the largest of them."""
         head = [*self.keys, "runs", *self.metrics, "state"]
-        lines = [head, ["---"] * len(head)]
+        lines = []
         for row in self.rows:
             shown = [_shown(row.values.get(name, [])) for name in self.metrics]
             own = [row.settings.get(key, "") for key in self.keys]
             lines.append([*own, str(len(row.members)), *shown, row.state])
-        cells = [[cell.replace("|", "\\|") for cell in line] for line in lines]
-        return "\n".join(f"| {' | '.join(line)} |" for line in cells)
+        return table_of(head, lines)
 
     def csv(self) -> str:
         """Every metric: its mean, least, largest and standard deviation, and of how many runs."""

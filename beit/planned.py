@@ -8,8 +8,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 from beit import gathering, search, stages
-from beit.config import SweepConfig
 from beit.errors import UserError
+from beit.schema import SweepConfig
 from beit.sweep import Member, Sweep
 
 log = logging.getLogger(__name__)

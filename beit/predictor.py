@@ -1,6 +1,7 @@
 """A trained network applied to image files; which one, the checkpoint's task says."""
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -34,21 +35,31 @@ class Predictor(Protocol):
         ...
 
 
-def open_predictor(path: str | Path) -> Predictor:
-    """What the checkpoint's task makes of images; UserError for a task that predicts none."""
-    from beit.segmenter import ImageSegmenter  # which builds on this module
+def open_predictor(path: str | Path, changes: Sequence[str] = ()) -> Predictor:
+    """What the checkpoint's task makes of images.
+
+    `changes` are words of a segmentation's config: `inference=multiscale`, `views.eval.KEY=VALUE`.
+
+    Raises UserError for a task that predicts nothing, and for changes that it does not know.
+    """
+    from beit.segmenter import CHANGED, ImageSegmenter  # which builds on this module
 
     checkpoint = any_checkpoint(path, tell="nothing")
     predictors: dict[str, Callable[[str | Path], Predictor]] = {
         "classification": ImageClassifier.from_checkpoint,
         "linear_probe": ImageClassifier.from_checkpoint,
-        "segmentation": ImageSegmenter.from_checkpoint,
+        "segmentation": partial(ImageSegmenter.from_checkpoint, changes=changes),
     }
     task = checkpoint.config.get("task_name")
     if task not in predictors:
         raise UserError(
             f"{path} is a checkpoint of task {task}, which has no classes to predict: give one of "
             f"task {' or '.join(predictors)}"
+        )
+    if changes and task != "segmentation":
+        raise UserError(
+            f"{changes[0]}: a checkpoint of task {task} has nothing to change here; of a "
+            f"segmentation {' and '.join(CHANGED)} can be"
         )
     return predictors[task](path)
 

@@ -1,6 +1,7 @@
 """A trained segmentation network applied to image files: coloured pictures, ids and areas."""
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from beit import runner
+from beit import config, runner
 from beit.checkpoints.models import Checkpoint
 from beit.data.class_sets import checked_colours, voc_palette
 from beit.data.file_sources import find_images, open_image
@@ -21,7 +22,9 @@ from beit.files import explained, replace_text, replacing
 from beit.interop.convert import any_checkpoint
 from beit.interop.fields import Fields
 from beit.predictor import transform_of
+from beit.recorded import from_checkpoint
 
+CHANGED = ("inference", "views.eval")  # what `predict` may change of a run's config
 OPACITY = 0.5  # of the classes' colours over the image
 
 
@@ -65,13 +68,20 @@ class ImageSegmenter:
         self._type = np.uint8 if len(classes) <= 256 else np.uint16  # of the ids' pictures
 
     @classmethod
-    def from_checkpoint(cls, path: str | Path) -> "ImageSegmenter":
-        """Rebuild the network of a segmentation run, with the colours that it recorded."""
+    def from_checkpoint(cls, path: str | Path, changes: Sequence[str] = ()) -> "ImageSegmenter":
+        """Rebuild the network of a segmentation run, with the colours that it recorded.
+
+        `changes` are words of its config in the groups `CHANGED`. Raises UserError for others.
+        """
         checkpoint = any_checkpoint(path, tell="nothing")
         transform = transform_of(checkpoint)
-        model = runner.load_model(path)
+        model: Any = runner.load_model(path)
+        if changes:
+            cfg = from_checkpoint(path, _checked(changes))
+            model.inference = config.instantiate(cfg.inference)
+            transform = config.instantiate(cfg.views.eval)
         normalize = Fields(checkpoint.config, checkpoint.path).inner("normalize")
-        count: int = model.head.num_classes  # type: ignore[assignment, union-attr]
+        count: int = model.head.num_classes
         return cls(
             model,
             transform,
@@ -96,19 +106,15 @@ class ImageSegmenter:
         with the ids, NAME.json with the areas, largest first. An image that cannot be read yields
         `path` and `error`. Images are taken one at a time.
 
-        Raises UserError, at once and not with the first record, where there are no images, or where
-        a file is there already and it was not said to `overwrite`.
+        Raises UserError, at once and not with the first record, where there are no images, where a
+        file is there already and it was not said to `overwrite`, or where one would be written over
+        an image or over another image's.
         """
         if output is None:
             raise UserError("output has no value: give the folder for the pictures, output=FOLDER")
         paths = find_images(images)
         files = _names(paths, Path(images).expanduser(), Path(output).expanduser())
-        there = [file for one in files for file in one if file.exists()]
-        if there and not overwrite:
-            raise UserError(
-                f"output={output} has {there[0].name} already: give another folder, or say "
-                "overwrite=true"
-            )
+        _check_places(paths, files, output=output, overwrite=overwrite)
         return (self._record(path, place) for path, place in zip(paths, files, strict=True))
 
     def _record(self, path: Path, files: Files) -> dict[str, Any]:
@@ -151,6 +157,17 @@ class ImageSegmenter:
         ]
 
 
+def _checked(changes: Sequence[str]) -> list[str]:
+    for word in changes:
+        key = word.partition("=")[0]
+        if not any(key == group or key.startswith(f"{group}.") for group in CHANGED):
+            raise UserError(
+                f"{word}: of a segmentation's config {' and '.join(CHANGED)} can be changed here, "
+                "as in inference=multiscale or inference.stride=128"
+            )
+    return list(changes)
+
+
 def overlay(image: Image.Image, ids: np.ndarray, palette: np.ndarray) -> Image.Image:
     """The image with its classes' colours over it."""
     return Image.blend(image, Image.fromarray(palette[ids]), OPACITY)
@@ -174,11 +191,34 @@ def _names(paths: Sequence[Path], images: Path, output: Path) -> list[Files]:
     """Where the files of each image go; one that shares its name keeps the ending too."""
     relative = [Path(path.name) if path == images else path.relative_to(images) for path in paths]
     stems = [path.with_suffix("") for path in relative]
-    found = []
+    alike, found = Counter(stems), []
     for path, stem in zip(relative, stems, strict=True):
-        base = str(output / (stem if stems.count(stem) == 1 else path))
+        base = str(output / (stem if alike[stem] == 1 else path))
         found.append(Files(*(Path(base + end) for end in (".overlay.png", ".png", ".json"))))
     return found
+
+
+def _check_places(
+    paths: Sequence[Path], files: Sequence[Files], *, output: str | Path, overwrite: bool
+) -> None:
+    """Raises UserError where a file would be written over something that is to be kept."""
+    counts = Counter(file for one in files for file in one)
+    if twice := [file for file, count in counts.items() if count > 1]:
+        raise UserError(
+            f"output={output}: {twice[0].name} would be made of two images; rename one of them"
+        )
+    there = [file for file in counts if file.exists()]
+    images = {path.resolve() for path in paths} if there else set()
+    for file in there:
+        if file.resolve() in images:  # whatever may be written over
+            raise UserError(
+                f"output={output}: {file.name} is one of the images; give a folder apart from them"
+            )
+    if there and not overwrite:
+        raise UserError(
+            f"output={output} has {there[0].name} already: give another folder, or say "
+            "overwrite=true"
+        )
 
 
 def _save(path: Path, image: Image.Image) -> None:

@@ -78,10 +78,18 @@ def split_all(
     arguments: Iterable[str], own: Sequence[str], verb: str, usage: str
 ) -> dict[str, str]:
     """The settings of a verb that has no others. Raises UserError for other words."""
+    return split_known(arguments, own, (), verb, usage)[0]
+
+
+def split_known(
+    arguments: Iterable[str], own: Sequence[str], groups: Sequence[str], verb: str, usage: str
+) -> tuple[dict[str, str], list[str]]:
+    """The verb's own settings, and words of these groups. Raises UserError for other words."""
     settings, rest = split(arguments, own)
-    if rest:
-        raise UserError(f"{rest[0]!r} is not a setting of {verb}: expected {usage}")
-    return settings
+    for word in rest:
+        if word.partition("=")[0].partition(".")[0] not in groups:
+            raise UserError(f"{word!r} is not a setting of {verb}: expected {usage}")
+    return settings, rest
 
 
 def required(settings: dict[str, str], key: str) -> str:

@@ -17,6 +17,7 @@ from beit import cli
 from beit.callbacks.metrics_file import read_metrics
 from beit.checkpoints.models import read_checkpoint
 from beit.errors import UserError
+from beit.evaluation.windows import MultiScale
 
 CLASSES = ["sky", "ground", "thing", "nothing"]  # the last one is never there
 COLOURS = np.array([[90, 160, 240], [120, 90, 40], [220, 30, 60]])
@@ -175,6 +176,43 @@ def test_predict_gives_the_networks_own_classes(run: Path, pictures: Path, tmp_p
     assert np.array_equal(np.asarray(Image.open(tmp_path / "0.png")), expected.numpy())
 
 
+def test_predict_goes_over_the_image_as_it_is_told(
+    run: Path, pictures: Path, tmp_path: Path
+) -> None:
+    picture = pictures / "images" / "val" / "0.png"
+    words = ["inference=multiscale", "inference.ratios=[0.75,1.5]", "inference.short_side=44"]
+    beit.predict(last(run), picture, *words, output=tmp_path)
+    pixels = torch.from_numpy(np.array(Image.open(picture))).permute(2, 0, 1) / 255
+    mean, std = (
+        torch.tensor(x)[:, None, None] for x in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    )
+    model: Any = beit.load_model(last(run))
+    size = model.backbone.image_size
+    scales = MultiScale(
+        size,
+        stride=[side * 2 // 3 for side in size],
+        windows_per_pass=4,
+        short_side=44,
+        ratios=[0.75, 1.5],
+        flip=True,
+    )
+    with torch.no_grad():
+        normal = (pixels - mean) / std
+        expected = scales(model.coarse_logits, normal, tuple(pixels.shape[1:]))
+        plain = model.predict(normal, pixels.shape[1:])
+    found = np.asarray(Image.open(tmp_path / "0.png"))
+    assert np.array_equal(found, expected.numpy())
+    assert not np.array_equal(found, plain.numpy())
+
+
+def test_predict_changes_nothing_else(run: Path, runs: Path, tmp_path: Path) -> None:
+    for word in ("model.depth=4", "trainer=gpu", "inferences=x"):
+        with pytest.raises(UserError, match=r"inference and views\.eval can be changed here"):
+            beit.predict(last(run), tmp_path, word, output=tmp_path)
+    with pytest.raises(UserError, match="task classification has nothing to change here"):
+        beit.predict(last(runs / "finetune"), tmp_path, "inference=whole")
+
+
 def test_nothing_is_written_over_unless_told(
     run: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
@@ -191,6 +229,21 @@ def test_nothing_is_written_over_unless_told(
     monkeypatch.setattr(sys, "argv", [*words, f"output={tmp_path}", "overwrite=true"])
     assert cli.main() == 0
     assert (tmp_path / "0.json").stat().st_mtime_ns > before
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["inference=whole"], r"model\.any_size=true, or inference=sliding"),
+        (["inference.windows_per_pass=1000000000"], "attention alone needs"),
+    ],
+)
+def test_what_validation_cannot_do_is_told_before_there_is_a_run(
+    pictures: Path, tmp_path: Path, words: list[str], said: str
+) -> None:
+    with pytest.raises(UserError, match=said):
+        beit.train(*WORDS, f"paths.data_dir={pictures}", f"paths.runs_dir={tmp_path}/runs", *words)
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(run: Path, pictures: Path) -> None:

@@ -1,6 +1,7 @@
 """Pictures of what a tokenizer and a masked image model see and fill in."""
 
 import contextlib
+import itertools
 import logging
 import random
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from beit.callbacks.figures import Pictures as Pixels
 from beit.data.batches import MaskedBatch, MIMBatch, PixelBatch
 from beit.errors import UserError
 from beit.loggers.guard import Guard
-from beit.loggers.guarded import GuardedLogger, log_picture
+from beit.loggers.guarded import GuardedLogger, log_picture, log_table
 from beit.tokenizers.base import to_value_range
 
 log = logging.getLogger(__name__)
@@ -29,8 +30,9 @@ GREY = 0.5  # of hidden patches, in [0, 1]
 class Pictures(L.Callback):
     """When to draw, where to put it, and how not to disturb the training. Subclasses say what.
 
-    The images are the first of the validation loader, and until it is first read those of the first
-    training batch; they stay the same from there on. Drawn by the first rank alone, into
+    The images lie evenly over the validation set, of which neighbours are often alike; until that
+    is first gone through they are the first of training. From there on they stay the same. Drawn by
+    the first rank alone, of what it validates, into
     `<folder>/<name>-step<N>.png` and into TensorBoard and W&B where they are among the loggers.
 
     Args:
@@ -60,7 +62,8 @@ class Pictures(L.Callback):
         self.every_n_epochs = every_n_epochs
         self.every_n_steps = every_n_steps
         self._sample: Any = None  # a batch of num_images, on the CPU
-        self._settled = False  # it came from the validation loader
+        self._found: list[Any] = []  # batches of one image, as a validation comes past them
+        self._settled = False  # the sample came from a whole validation
         self._drawn_at = -1
         self._warned = False
         self._guard = Guard("drawing", lost=f"pictures of {self.name}")
@@ -81,15 +84,21 @@ class Pictures(L.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        if not self._settled and batch_idx == 0 and dataloader_idx == 0:
-            self._keep(trainer, batch)
-            self._settled = True
+        if self._settled or trainer.sanity_checking or not trainer.is_global_zero or dataloader_idx:
+            return
+        batches = int(trainer.num_val_batches[0])
+        if batch_idx == 0:
+            self._found = []
+        rows = rows_over(batch_idx, len(batch[0]), batches=batches, count=self.num_images)
+        self._found += [_rows(batch, slice(row, row + 1)) for row in rows]
+        if batch_idx == batches - 1:
+            self._sample, self._found, self._settled = _joined(self._found), [], True
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if self._sample is None:
-            self._keep(trainer, batch)
+        if self._sample is None and trainer.is_global_zero:
+            self._sample = _rows(batch, slice(self.num_images))
 
     def on_train_batch_end(
         self,
@@ -108,10 +117,6 @@ class Pictures(L.Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._draw(trainer, pl_module)
-
-    def _keep(self, trainer: L.Trainer, batch: Any) -> None:
-        if trainer.is_global_zero:
-            self._sample = type(batch)(*(_kept(part[: self.num_images]) for part in batch))
 
     def _draw(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         # with accumulation several batches end at the same step
@@ -188,6 +193,36 @@ def publish(trainer: L.Trainer, name: str, figure: Figure, folder: Path) -> None
             logger.log_picture(name, pixels, step)
         else:
             log_picture(logger, name, pixels, step)
+
+
+def publish_table(trainer: L.Trainer, name: str, rows: list[dict[str, Any]]) -> None:
+    """Rows with the same keys into TensorBoard and W&B where they are."""
+    for logger in trainer.loggers:
+        if isinstance(logger, GuardedLogger):
+            logger.log_table(name, rows, trainer.global_step)
+        else:
+            log_table(logger, name, rows, trainer.global_step)
+
+
+def rows_over(batch: int, size: int, *, batches: int, count: int) -> list[int]:
+    """Rows of a batch of `size` that are among `count` laid evenly over all `batches`."""
+    places = (divmod(i * batches, count) for i in range(count))
+    return sorted({rest * size // count for number, rest in places if number == batch})
+
+
+def _rows(batch: Any, rows: slice) -> Any:
+    return type(batch)(*(_kept(part[rows]) for part in batch))
+
+
+def _joined(batches: list[Any]) -> Any:
+    """One batch of several, of whose fields some are lists."""
+    fields = zip(*batches, strict=True)
+    return type(batches[0])(
+        *(
+            torch.cat(parts) if isinstance(parts[0], Tensor) else list(itertools.chain(*parts))
+            for parts in fields
+        )
+    )
 
 
 def _kept(part: Tensor | list[Tensor]) -> Any:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from beit.callbacks.figures import Legend, bars
 from beit.callbacks.figures import Pictures as Pixels
-from beit.callbacks.pictures import Pictures, publish
+from beit.callbacks.pictures import Pictures, publish, publish_table
 from beit.data.batches import SegmentationBatch
 from beit.data.label_maps import IGNORED
 from beit.files import replace_text
@@ -59,7 +59,8 @@ class SegmentationPictures(Pictures):
 class ClassTable(L.Callback):
     """Every class's IoU and accuracy of the latest validation, as `<folder>/classes.csv`.
 
-    And as bars in `<folder>/figures`, TensorBoard and W&B. Needs `task.scores` and `task.table`.
+    In TensorBoard (as text) and W&B the table as well; and as bars there and in `<folder>/figures`.
+    Needs `task.scores` and `task.table`.
 
     Args:
         folder: of the run.
@@ -81,6 +82,7 @@ class ClassTable(L.Callback):
         writer.writerows({"step": trainer.global_step, **row} for row in rows)
         self.folder.mkdir(parents=True, exist_ok=True)
         replace_text(self.folder / "classes.csv", text.getvalue())
+        publish_table(trainer, "classes", rows)
         self._guard(self._draw, trainer, rows, task.scores.mean_iou)
 
     def _draw(self, trainer: L.Trainer, rows: list[dict[str, Any]], mean: float) -> None:

@@ -11,6 +11,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 
 from beit.callbacks.metrics_file import MetricsFile
 from beit.loggers.guard import Guard
+from beit.markdown import table_of
 
 
 class GuardedLogger(Logger):
@@ -66,6 +67,10 @@ class GuardedLogger(Logger):
         """Pixels (H, W, 3) uint8, for the loggers that take pictures."""
         self._guard(log_picture, self.inner, name, pixels, step)
 
+    def log_table(self, name: str, rows: list[dict[str, Any]], step: int) -> None:
+        """Rows with the same keys, for the loggers that take tables."""
+        self._guard(log_table, self.inner, name, rows, step)
+
     def rewind(self, step: int) -> None:
         """The run goes on after `step` optimizer steps: what was logged of later ones is void."""
         self._guard(rewind, self.inner, step)
@@ -96,6 +101,18 @@ def log_picture(logger: Logger, name: str, pixels: np.ndarray, step: int) -> Non
         logger.experiment.add_image(name, pixels, step, dataformats="HWC")
     elif isinstance(logger, WandbLogger):
         logger.log_image(name, [pixels])
+
+
+def log_table(logger: Logger, name: str, rows: list[dict[str, Any]], step: int) -> None:
+    """Rows with the same keys to TensorBoard, as text, and W&B; other loggers take none."""
+    columns = list(rows[0])
+    if isinstance(logger, TensorBoardLogger):
+        cells = [["" if row[key] is None else str(row[key]) for key in columns] for row in rows]
+        logger.experiment.add_text(name, table_of(columns, cells), step)
+    elif isinstance(logger, WandbLogger):
+        logger.log_table(
+            name, columns=columns, data=[[row[key] for key in columns] for row in rows]
+        )
 
 
 def rewind(logger: Logger, step: int) -> None:

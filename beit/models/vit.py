@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -141,6 +142,12 @@ class VisionTransformer(nn.Module):
         for i, block in enumerate(self.blocks):
             x = self._run(block, x, bias, None if kept is None else kept[i], grid)
         return self.norm(x)
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """torch.compile of `forward`, and of each block for `forward_blocks`."""
+        super().compile(*args, **kwargs)
+        for block in self.blocks:
+            block.compile(*args, **kwargs)
 
     def forward_blocks(
         self, images: Tensor, mask: Tensor | None = None, *, taps: Sequence[int]

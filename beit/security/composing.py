@@ -21,7 +21,9 @@ from beit.security import folders, limits, secrets, targets
 
 # resolvers that read no file and run nothing; oc.decode, oc.create and oc.deprecated make text into
 # nodes after the checks, a key put together while it is read cannot be checked at all
-PURE = frozenset({"grid", "token_size", "window_stride", "checkpoint_value", "oc.select"})
+PURE = frozenset(
+    {"grid", "token_size", "window_stride", "tapped_blocks", "checkpoint_value", "oc.select"}
+)
 COMPOSED = PURE | {"now", "oc.env", "hydra"}
 _RESOLVER = re.compile(r"\$\{\s*([\w.]+)\s*:")
 _DYNAMIC = re.compile(r"\$\{[^:}]*\$\{|\$\{\s*(?:oc\.select|hydra)\s*:[^,}]*\$\{")

@@ -17,6 +17,7 @@ from beit.callbacks.pictures import (
     ReconstructionPictures,
     TokenizerPictures,
     hide,
+    rows_over,
     undisturbed,
 )
 from beit.callbacks.progress import Progress
@@ -52,8 +53,10 @@ def test_columns_of_a_masked_image_model(tmp_path, kit, fit):
     pictures = Watched(str(tmp_path / "figures"), num_images=3)
     data = kit.Data()
     task, _ = fit(callbacks=[pictures], data=data)
-    batch = data.val_batches[0]
-    images, mask, token_ids = batch.images[:3], batch.mask[:3], batch.token_ids[:3]
+    first, second = data.val_batches  # of 7: the sample is of 0, 4 2/3 and 9 1/3
+    images, mask, token_ids = (
+        torch.stack([a[0], a[4], b[2]]) for a, b in zip(first[:3], second[:3], strict=True)
+    )
     decode = kit.PaletteTokenizer().decode
     drawn = pictures.drawn
     assert list(drawn) == ["original", "masked input", "tokenizer", "model"]
@@ -106,6 +109,26 @@ def test_without_validation_the_first_training_batch_is_drawn(tmp_path, kit, fit
     assert torch.equal(pictures.drawn["original"], (data.batches[0].images[:2] + 1) / 2)
 
 
+@pytest.mark.parametrize("count", [1, 3, 4, 10, 50])
+@pytest.mark.parametrize("batches", [1, 3, 7])
+def test_the_sample_lies_evenly_over_a_validation(batches, count):
+    size = 6
+    found = [
+        size * batch + row
+        for batch in range(batches)
+        for row in rows_over(batch, size, batches=batches, count=count)
+    ]
+    assert found == sorted({size * batches * i // count for i in range(count)})
+
+
+def test_a_sanity_check_is_no_whole_validation(tmp_path, kit, fit):
+    data = kit.Data()
+    pictures = Watched(str(tmp_path), num_images=2)
+    fit(callbacks=[pictures], data=data, num_sanity_val_steps=1)
+    first, second = (batch.images[0] for batch in data.val_batches)
+    assert torch.equal(pictures.drawn["original"], (torch.stack([first, second]) + 1) / 2)
+
+
 def test_tensorboard_gets_the_picture(tmp_path, fit):
     logger = TensorBoardLogger(tmp_path, name="", version="tensorboard")
     fit(callbacks=[Watched(str(tmp_path / "f"), num_images=2)], logger=logger)
@@ -149,7 +172,7 @@ def test_columns_of_a_tokenizer(tmp_path, kit, fit):
 
     data, pictures = PixelData(), Watching(str(tmp_path), num_images=2)
     fit(callbacks=[pictures], data=data, task=PixelTask())
-    images = data.val_batches[0].images[:2]
+    images = torch.stack([batch.images[0] for batch in data.val_batches])
     # the palette takes images in [-1, 1], as the batches have them
     expected = kit.PaletteTokenizer().decode(kit.PaletteTokenizer().encode(images))
     assert list(pictures.drawn) == ["original", "reconstruction"]

@@ -6,14 +6,14 @@ import logging
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import DataLoader
 
 from beit.callbacks.metrics_file import MetricsFile
 from beit.job.exits import RunEnd
 from beit.loggers.guard import Guard
-from beit.loggers.guarded import GuardedLogger
+from beit.loggers.guarded import GuardedLogger, log_table
 
 
 class Raising(Logger):
@@ -180,3 +180,26 @@ def test_tensorboard_leaves_out_the_steps_that_are_done_again(tmp_path):
         *((step, float(step)) for step in range(4)),
         *((step, 10.0 + step) for step in range(4, 8)),
     ]
+
+
+ROWS = [{"class": "sky", "iou": 0.5}, {"class": "a|b", "iou": None}]
+
+
+def test_tensorboard_shows_a_table_as_text(tmp_path):
+    logger = TensorBoardLogger(tmp_path, name="", version="tb")
+    GuardedLogger(logger).log_table("classes", ROWS, 7)
+    logger.experiment.flush()
+    events = EventAccumulator(str(tmp_path / "tb"))
+    events.Reload()
+    (event,) = events.Tensors("classes/text_summary")
+    assert event.step == 7
+    text = event.tensor_proto.string_val[0].decode()
+    assert text == "| class | iou |\n| --- | --- |\n| sky | 0.5 |\n| a\\|b |  |"
+
+
+def test_wandb_gets_a_table_as_it_is(monkeypatch):
+    logger, calls = object.__new__(WandbLogger), []
+    monkeypatch.setattr(WandbLogger, "log_table", lambda self, *a, **k: calls.append((a, k)))
+    log_table(logger, "classes", ROWS, 7)
+    expected = {"columns": ["class", "iou"], "data": [["sky", 0.5], ["a|b", None]]}
+    assert calls == [(("classes",), expected)]

@@ -71,3 +71,20 @@ def test_a_compiled_step_is_the_same_step():
     torch.testing.assert_close(again, loss, rtol=1e-6, atol=0)
     for name, gradient in gradients.items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_maps_of_blocks_are_compiled_too():
+    plain = network()["backbone"].eval()
+    compiled, graphs = copy.deepcopy(plain), []
+
+    def backend(graph, example_inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled.compile(backend=backend)
+    images, taps = torch.randn(BATCH, 3, 24, 40), [0, 1, 1, 3]
+    with torch.no_grad():
+        found = compiled.forward_blocks(images, taps=taps)
+        assert graphs
+        for mine, expected in zip(found, plain.forward_blocks(images, taps=taps), strict=True):
+            torch.testing.assert_close(mine, expected)

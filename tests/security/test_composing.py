@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 from omegaconf import OmegaConf
 
-from beit import config
+from beit import config, resolvers
 from beit.errors import UserError
 from beit.interop import convert
 from beit.recorded import from_checkpoint
@@ -92,11 +92,11 @@ def test_no_secret_comes_in_by_way_of_hydras_node(monkeypatch: pytest.MonkeyPatc
 
 def test_a_number_is_all_that_another_checkpoint_may_give(monkeypatch: pytest.MonkeyPatch) -> None:
     content = {"vocab": 13, "node": {"_target_": "os.system"}, "text": "${oc.env:HOME}", "b": True}
-    monkeypatch.setattr(config, "_checkpoint_config", lambda path: {"tokenizer": content})
-    assert config._checkpoint_value("x", "tokenizer.vocab") == 13
+    monkeypatch.setattr(resolvers, "_checkpoint_config", lambda path: {"tokenizer": content})
+    assert resolvers._checkpoint_value("x", "tokenizer.vocab") == 13
     for key in ("tokenizer.node", "tokenizer.text", "tokenizer.b", "tokenizer", "other.x", "b.c"):
         with pytest.raises(UserError, match="is not a tokenizer's checkpoint"):
-            config._checkpoint_value("x", key)
+            resolvers._checkpoint_value("x", key)
 
 
 def test_hydras_node_as_shipped_is_allowed() -> None:
