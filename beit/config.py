@@ -64,6 +64,16 @@ def compose(overrides: list[str], *, config_name: str = "train") -> DictConfig:
         return hydra_compose(config_name=config_name, overrides=overrides)
 
 
+def compose_within(overrides: list[str], *, config_name: str = "train") -> DictConfig:
+    """The same within a command, whose Hydra knows the user's folders of configs."""
+    from hydra import compose as hydra_compose
+    from hydra.core.global_hydra import GlobalHydra
+
+    if GlobalHydra.instance().is_initialized():
+        return hydra_compose(config_name=config_name, overrides=overrides)
+    return compose(overrides, config_name=config_name)
+
+
 def refuse_sweep(words: list[str]) -> None:
     """Raises UserError for a space to search, which a single run would ignore."""
     for word in words:

@@ -63,6 +63,10 @@ def evaluate(
     evaluation.check(backbone, data)
     data.check()
     compute = _compute(cfg)
+    if files is not None:
+        folder = files["json"].parent
+        with explained(folder):
+            folder.mkdir(parents=True, exist_ok=True)
     networks = {"checkpoint": network.to(compute.device)}
     if cfg.compare_random:
         with torch.random.fork_rng():
@@ -183,8 +187,6 @@ def _files(cfg: DictConfig, output: str | Path | None, overwrite: bool) -> dict[
         raise UserError(
             f"{there[0]} exists already: give another output=FOLDER, or say overwrite=true"
         )
-    with explained(folder):
-        folder.mkdir(parents=True, exist_ok=True)
     return files
 
 

@@ -25,6 +25,7 @@ def run(sweep: Sweep, member: Member, cfg: DictConfig, space: dict[str, Any]) ->
     sweep.metric = plan["metric"]
     folder, words = Path(member.folder), member.overrides
     if not sweep.members:
+        _check_stages(plan, words, folder, seed=cfg.seed)
         sweep.prepare(folder.parent, stages.before(plan, words))
 
     def one(number: int, words: list[str], *, seed: int, again: bool = True) -> float | None:
@@ -37,8 +38,9 @@ def run(sweep: Sweep, member: Member, cfg: DictConfig, space: dict[str, Any]) ->
     if space or member.number > 0 or _sweeps(words):
         raise UserError("a search tries one member after the other: give no values with commas")
     keys = plan["search"]["space"]
+    nowhere = object()  # null is a value
     for key in keys:
-        if OmegaConf.select(cfg, key) is None:
+        if OmegaConf.select(cfg, key, default=nowhere) is nowhere:
             raise UserError(_no_such_key(key, cfg))
     return search.run(
         plan["search"],
@@ -54,6 +56,21 @@ def gathered(sweep: Sweep) -> None:
     if any(member.metrics for member in sweep.members):
         table = gathering.gather(folder)
         log.info("gathered: %s", ", ".join(map(str, table.written)))
+
+
+def _check_stages(plan: dict[str, Any], words: list[str], folder: Path, *, seed: int) -> None:
+    """Raises UserError for a stage that there is not, which its turn would tell hours later."""
+    from beit import config
+    from beit.explain import explained
+
+    for stage in (*stages.before(plan, words), *stages.after(plan, words, folder, seed=seed)):
+        of_verb = ("checkpoint", "output", "overwrite") if stage.verb == "evaluate" else ()
+        own = [word for word in stage.words if word.partition("=")[0] not in of_verb]
+        try:
+            with explained(own, config_name=stage.verb):  # the configs are named as the verbs are
+                config.compose_within(own, config_name=stage.verb)
+        except UserError as error:
+            raise UserError(f"sweep, {stage.name}: {error}") from error
 
 
 def _sweeps(words: list[str]) -> bool:

@@ -97,6 +97,8 @@ def fit(cfg: DictConfig, words: Sequence[str] | None = None) -> dict[str, float]
         for callback in trainer.callbacks:
             if hasattr(callback, "check"):
                 callback.check(task, data)
+        if hasattr(task, "check"):
+            task.check(trainer.strategy.root_device)
         if first:  # only now: what is refused leaves nothing behind
             guards.enter_context(run_folder.claimed(folder))
             resume.write_run_id(folder, beginning.run_id)

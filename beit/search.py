@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from beit.data.limits import whole_number
 from beit.errors import UserError
 from beit.stages import quoted
 
@@ -27,12 +28,11 @@ def run(
     function of the seed, the trial's number and the results before it: a search that was cut goes
     on as if it had not been.
 
-    Raises UserError for a space that cannot be searched, and where Optuna is missing.
+    Raises UserError for a space that cannot be searched, where the folder has the study of another
+    one, and where Optuna is missing.
     """
     optuna = _optuna()
-    space = {key: _distribution(optuna, key, node) for key, node in settings["space"].items()}
-    if settings["direction"] not in ("minimize", "maximize"):
-        raise UserError(f"direction={settings['direction']}: expected minimize or maximize")
+    space = _checked(optuna, settings)
     folder.mkdir(parents=True, exist_ok=True)
     study = optuna.create_study(
         storage=f"sqlite:///{(folder / STUDY).absolute()}",
@@ -40,6 +40,7 @@ def run(
         direction=settings["direction"],
         load_if_exists=True,
     )
+    _check_same(study, settings["direction"], space, folder)
     for number in range(settings["trials"]):
         if stopped():
             break
@@ -72,10 +73,31 @@ def _optuna() -> Any:
     return optuna
 
 
+def _checked(optuna: Any, settings: dict[str, Any]) -> dict[str, Any]:
+    """The space as distributions. Raises UserError for settings that are none."""
+    for name, least in {"trials": 1, "startup_trials": 0, "seed": 0}.items():
+        whole_number(f"sweep.search.{name}", settings[name], at_least=least)
+    if settings["direction"] not in ("minimize", "maximize"):
+        raise UserError(f"direction={settings['direction']}: expected minimize or maximize")
+    if not settings["space"]:
+        raise UserError("sweep.search.space is empty: give a key to search over, and its range")
+    return {key: _distribution(optuna, key, node) for key, node in settings["space"].items()}
+
+
+def _check_same(study: Any, direction: str, space: dict[str, Any], folder: Path) -> None:
+    """Raises UserError for the study of another search: Optuna would mix the two."""
+    spaces = [trial.distributions for trial in study.get_trials(deepcopy=False)]
+    if study.direction.name.lower() != direction or any(known != space for known in spaces):
+        raise UserError(
+            f"{folder / STUDY} is of another search (space or direction): give this sweep another "
+            "name (name=...)"
+        )
+
+
 def _distribution(optuna: Any, key: str, node: Any) -> Any:
     """Of {choices: [...]}, or {low, high} with log or step; whole numbers stay whole."""
-    node = dict(node) if isinstance(node, dict) else {}
     try:
+        node = dict(node)
         if "choices" in node:
             return optuna.distributions.CategoricalDistribution(**node)
         whole = all(type(node.get(end)) is int for end in ("low", "high"))

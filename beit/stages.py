@@ -10,7 +10,9 @@ WEIGHTS = "checkpoints/last.safetensors"  # in the folder of a run
 # groups whose words reach every stage of a member: where the data are, and what runs it
 _SHARED = ("data", "loader", "trainer", "logger", "job")
 _SHARED_PATHS = ("paths.data_dir", "paths.runs_dir")
-_OF_EVALUATION = ("data", "trainer", "paths.data_dir")
+_READING = ("num_workers", "prefetch_factor", "timeout_seconds", "max_image_pixels", "check_images")
+_OF_EVALUATION = ("data", "trainer", "paths.data_dir", *(f"loader.{key}" for key in _READING))
+ONE_DEVICE = ("trainer.devices=1", "trainer.num_nodes=1", "trainer.strategy=auto")
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ def after(plan: Mapping[str, Any], typed: Iterable[str], folder: Path, *, seed: 
         place = str(folder / name)
         words = [f"checkpoint={weights}", f"evaluation={name}", f"seed={seed}"]
         words += [word for word in shared if _is_of(word, _OF_EVALUATION)]
+        words += ONE_DEVICE  # however many the member is trained on
         words += [f"{key}={value}" for key, value in (settings or {}).items()]
         words += [f"output={place}", "overwrite=true"]
         stages.append(Stage(name, "evaluate", words, place))

@@ -1,59 +1,37 @@
 """The faults of `make mutations`: what is replaced where, and which tests ought to notice."""
 
-from dataclasses import dataclass
-
-
-@dataclass(frozen=True)
-class Mutation:
-    """One fault. Each text to replace stands in the file exactly once."""
-
-    name: str
-    file: str
-    replaced: tuple[tuple[str, str], ...]
-    tests: tuple[str, ...]
-
-    def applied(self, source: str) -> str:
-        """The file with the fault in it; ValueError where a text is not found exactly once."""
-        for old, new in self.replaced:
-            if source.count(old) != 1:
-                raise ValueError(f"{self.file}: {source.count(old)} times {old!r}, expected once")
-            source = source.replace(old, new)
-        return source
-
-
-def _mutation(name: str, file: str, tests: str, *replaced: tuple[str, str]) -> Mutation:
-    paths = tuple(f"tests/{test}.py" for test in tests.split())
-    return Mutation(name, f"beit/{file}.py", replaced, paths)
-
+from scripts.faulty_evaluation import EVALUATION
+from scripts.faulty_segmentation import SEGMENTATION
+from scripts.mutation import Mutation, mutation
 
 MODELS = (
-    _mutation(
+    mutation(
         "last three rows of the bias table swapped",
         "models/position",
         "parity/test_encoder parity/test_positions models/test_position",
         ("index[0, :] = rows - 3", "index[0, :] = rows - 2"),
         ("index[:, 0] = rows - 2", "index[:, 0] = rows - 3"),
     ),
-    _mutation(
+    mutation(
         "patch grid transposed in the bias",
         "models/position",
         "parity/test_encoder parity/test_positions models/test_position",
         ("torch.arange(height).repeat_interleave(width)", "torch.arange(height).repeat(width)"),
         ("torch.arange(width).repeat(height)", "torch.arange(width).repeat_interleave(height)"),
     ),
-    _mutation(
+    mutation(
         "geometric ratio one term off",
         "models/position",
         "parity/test_positions models/test_position",
         ("terms, reach = source // 2, target // 2", "terms, reach = source // 2 + 1, target // 2"),
     ),
-    _mutation(
+    mutation(
         "bias table resized by other knots",
         "models/position",
         "parity/test_positions models/test_position",
         ("interior = knots[2:-2]", "interior = (knots[1:-3] + knots[2:-2]) / 2"),
     ),
-    _mutation(
+    mutation(
         "mask put on the pixels, before the patch embedding",
         "models/vit",
         "parity/test_encoder parity/test_masked_modeling models/test_vit",
@@ -70,7 +48,7 @@ MODELS = (
             "patches + 0 * self.mask_token",
         ),
     ),
-    _mutation(
+    mutation(
         "mask inverted in the encoder",
         "models/vit",
         "parity/test_encoder parity/test_masked_modeling models/test_vit",
@@ -79,25 +57,25 @@ MODELS = (
             "torch.where(mask.flatten(1)[..., None], patches, self.mask_token)",
         ),
     ),
-    _mutation(
+    mutation(
         "depth rescale left out",
         "models/vit",
         "models/test_vit",
         ("block.mlp.fc2.weight.div_(math.sqrt(2 * number))", "block.mlp.fc2.weight.div_(1.0)"),
     ),
-    _mutation(
+    mutation(
         "depth rescale off by one block",
         "models/vit",
         "models/test_vit",
         ("enumerate(self.blocks, start=1)", "enumerate(self.blocks, start=2)"),
     ),
-    _mutation(
+    mutation(
         "initialisation cut at two deviations instead of one",
         "models/vit",
         "models/test_vit",
         ("std=std, a=-cut, b=cut)", "std=std, a=-2 * cut, b=2 * cut)"),
     ),
-    _mutation(
+    mutation(
         "taps off by one block",
         "models/vit",
         "parity/test_encoder models/test_vit",
@@ -107,13 +85,13 @@ MODELS = (
             "            outputs[i + 1] = x",
         ),
     ),
-    _mutation(
+    mutation(
         "final norm twice",
         "models/vit",
         "parity/test_encoder parity/test_masked_modeling",
         ("return self.norm(x)", "return self.norm(self.norm(x))"),
     ),
-    _mutation(
+    mutation(
         "bias of the keys learned too",
         "models/layers",
         "parity/test_encoder parity/test_masked_modeling models/test_vit",
@@ -124,31 +102,31 @@ MODELS = (
         ),
         ("torch.zeros_like(self.v_bias)", "self.k_bias"),
     ),
-    _mutation(
+    mutation(
         "LayerScale left out of the MLP branch",
         "models/layers",
         "parity/test_encoder parity/test_masked_modeling models/test_layers",
         ("self.mlp(self.norm2(rows)), self.gamma_2", "self.mlp(self.norm2(rows)), None"),
     ),
-    _mutation(
+    mutation(
         "attention logits not scaled",
         "models/layers",
         "parity/test_encoder parity/test_masked_modeling models/test_layers",
         ("(q * scale) @ k", "q @ k"),
     ),
-    _mutation(
+    mutation(
         "GELU by its tanh approximation",
         "models/layers",
         "parity/test_encoder parity/test_masked_modeling",
         ("F.gelu(self.fc1(x))", 'F.gelu(self.fc1(x), approximate="tanh")'),
     ),
-    _mutation(
+    mutation(
         "CLS counted in the mean of the patches",
         "models/heads",
         "parity/test_encoder models/test_heads",
         ("features[:, 1:].mean(dim=1)", "features.mean(dim=1)"),
     ),
-    _mutation(
+    mutation(
         "masked modelling reads the token before the patch",
         "models/heads",
         "parity/test_masked_modeling models/test_heads tasks/test_mim",
@@ -156,19 +134,19 @@ MODELS = (
     ),
 )
 TRAINING = (
-    _mutation(
+    mutation(
         "mask inverted in the loss",
         "tasks/mim",
         "parity/test_masked_modeling",
         ('return mask if self.predict == "masked"', 'return ~mask if self.predict == "masked"'),
     ),
-    _mutation(
+    mutation(
         "warm-up off by one step",
         "optim/schedules",
         "parity/test_optimisation optim/test_schedules",
         ("lr * step / (warmup_steps - 1)", "lr * step / warmup_steps"),
     ),
-    _mutation(
+    mutation(
         "cosine off by one step",
         "optim/schedules",
         "parity/test_optimisation optim/test_schedules",
@@ -177,13 +155,13 @@ TRAINING = (
             "cosine_steps = total_steps - warmup_steps - 1",
         ),
     ),
-    _mutation(
+    mutation(
         "layer decay off by one layer",
         "optim/groups",
         "parity/test_optimisation optim/test_groups",
         ('int(rest.partition(".")[0]) + 1', 'int(rest.partition(".")[0])'),
     ),
-    _mutation(
+    mutation(
         "bias tables exempt from weight decay",
         "optim/groups",
         "parity/test_optimisation optim/test_groups optim/test_recipe",
@@ -197,7 +175,7 @@ _BOTH_VIEWS = """\
         first, second = self._views(image, draws, self._for_encoder, self._for_tokenizer)
 """
 DATA = (
-    _mutation(
+    mutation(
         "evaluation resizes bilinearly",
         "data/classification_views",
         "parity/test_views data/test_views",
@@ -206,7 +184,7 @@ DATA = (
             "image = image.resize((wide, tall), Image.Resampling.BILINEAR)",
         ),
     ),
-    _mutation(
+    mutation(
         "tokenizer's view from another crop box",
         "data/views",
         "parity/test_views data/test_views",
@@ -218,7 +196,7 @@ DATA = (
             "        second = self._views(image, other, self._for_tokenizer)[0]\n",
         ),
     ),
-    _mutation(
+    mutation(
         "tokenizer's view not mirrored",
         "data/views",
         "parity/test_views data/test_views",
@@ -227,13 +205,13 @@ DATA = (
             f"{_BOTH_VIEWS}        second = second.flip(2) if draws.mirrored else second\n",
         ),
     ),
-    _mutation(
+    mutation(
         "tokenizer's view bicubic",
         "data/views",
         "parity/test_views data/test_views",
         ('token_interpolation: str = "lanczos"', 'token_interpolation: str = "bicubic"'),
     ),
-    _mutation(
+    mutation(
         "blocks as large as the grid",
         "data/masking",
         "parity/test_masks data/test_masking",
@@ -242,7 +220,7 @@ DATA = (
             "if height > self.grid[0] or width > self.grid[1]:",
         ),
     ),
-    _mutation(
+    mutation(
         "aspect of blocks uniform instead of log-uniform",
         "data/masking",
         "parity/test_masks data/test_masking",
@@ -251,7 +229,7 @@ DATA = (
             "rng.uniform(self.min_aspect, 1 / self.min_aspect)",
         ),
     ),
-    _mutation(
+    mutation(
         "masks filled up from the top left",
         "data/masking",
         "parity/test_masks",
@@ -262,23 +240,26 @@ DATA = (
     ),
 )
 TOKENIZER = (
-    _mutation(
+    mutation(
         "DALL-E's residual path not scaled down",
         "tokenizers/dalle",
         "parity/test_dalle tokenizers/test_dalle",
         ("1 / (NUM_GROUPS * BLOCKS_PER_GROUP) ** 2", "1 / (NUM_GROUPS * BLOCKS_PER_GROUP)"),
     ),
-    _mutation(
+    mutation(
         "DALL-E's kernels in another order",
         "tokenizers/dalle",
         "parity/test_dalle tokenizers/test_dalle",
         ("ENCODER_KERNELS = (3, 3, 3, 1)", "ENCODER_KERNELS = (1, 3, 3, 3)"),
     ),
-    _mutation(
+    mutation(
         "DALL-E given pixels of the whole range",
         "tokenizers/dalle",
         "parity/test_dalle tokenizers/test_dalle",
         ("value_range = (EPS, 1 - EPS)", "value_range = (0.0, 1.0)"),
     ),
 )
-MUTATIONS = (*MODELS, *TRAINING, *DATA, *TOKENIZER)
+MUTATIONS: tuple[Mutation, ...] = (
+    *(*MODELS, *TRAINING, *DATA, *TOKENIZER),
+    *(*SEGMENTATION, *EVALUATION),
+)

@@ -151,6 +151,41 @@ def test_a_checkout_that_does_not_import_is_told(tmp_path: Path) -> None:
     assert list(contenders.mim(settings, settings.shape()))[-1].endswith("timm's blocks")
 
 
+def test_a_checkout_is_the_original(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "beit").mkdir()
+    # the released class's arguments and the shapes of its call, in its module's name
+    (tmp_path / "beit" / "modeling_pretrain.py").write_text(
+        """
+from torch import nn
+
+
+class VisionTransformerForMaskedImageModeling(nn.Module):
+    def __init__(self, *, patch_size, vocab_size, embed_dim, norm_layer, **rest):
+        super().__init__()
+        self.rest = rest
+        self.patches = nn.Conv2d(3, embed_dim, patch_size, patch_size)
+        self.norm = norm_layer(embed_dim)
+        self.lm_head = nn.Linear(embed_dim, vocab_size)
+
+    def forward(self, x, bool_masked_pos):
+        x = self.patches(x).flatten(2).transpose(1, 2)
+        return self.lm_head(self.norm(x)[bool_masked_pos])
+"""
+    )
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delitem(sys.modules, "modeling_pretrain", raising=False)
+    settings = Settings(rounds=1, threads=1, quick=True, unilm=str(tmp_path))
+    assert contenders.original_note(settings) == []
+    builders = contenders.mim(settings, settings.shape())
+    assert list(builders)[-1] == "the original"
+    network = builders["the original"]()
+    monkeypatch.delitem(sys.modules, "modeling_pretrain")
+    expected = {"use_abs_pos_emb": False, "use_shared_rel_pos_bias": True, "drop_path_rate": 0.1}
+    assert expected.items() <= network.model.rest.items()
+    loss = network(*steps.mim_batch(settings.shape()))
+    assert loss.item() == pytest.approx(math.log(8192), abs=1)
+
+
 def test_views_and_tokens_of_the_same_shapes() -> None:
     shape = Shape(48, 8, 1, 1, batch_size=2)
     files = photographs(QUICK, 3)

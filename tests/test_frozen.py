@@ -157,13 +157,24 @@ def test_mistakes_are_one_line_before_any_feature(
         (tmp_path / "photos").mkdir()
         Image.new("RGB", (40, 40)).save(tmp_path / "photos" / "a.png")
         words += ["data.val=${data.train}"]
-    command = ["beit", "evaluate", f"checkpoint={last(runs, stage)}", *words]
+    command = ["beit", "evaluate", f"checkpoint={last(runs, stage)}", "output=out", *words]
     monkeypatch.setattr(sys, "argv", command)
     assert cli.main() == 2
+    assert not (tmp_path / "out").exists()
     lines = capsys.readouterr().err.strip().splitlines()
     assert expected in lines[-1]
     assert lines[-1].startswith("beit: error: ")
     assert len(lines) == 1
+
+
+def test_a_single_class_is_nothing_to_tell_apart(runs: Path, tmp_path: Path) -> None:
+    for number in range(4):
+        place = tmp_path / ("train" if number else "val") / "one" / f"{number}.png"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 40)).save(place)
+    words = ["evaluation=knn", "evaluation.k=[1]", "data=folder", f"paths.data_dir={tmp_path}"]
+    with pytest.raises(UserError, match="all of one class"):
+        beit.evaluate(last(runs, "pretrain"), *words)
 
 
 def test_python_says_the_same(runs: Path) -> None:

@@ -4,9 +4,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
-from beit import search
+from beit import planned, search
 from beit.errors import UserError
+from beit.sweep import Member, Sweep
 
 SETTINGS = {
     "space": {"a": {"low": 1e-3, "high": 1.0, "log": True}, "b": {"choices": ["x", "y z"]}},
@@ -62,3 +64,59 @@ def test_without_optuna_there_is_one_line(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(UserError, match=r"pip install 'beit\[optuna\]'"):
         search.run(SETTINGS, tmp_path, Tries(), stopped=bool)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"direction": "maximize"},
+        {"space": SETTINGS["space"] | {"a": {"low": 1e-3, "high": 1.0}}},
+        {"space": SETTINGS["space"] | {"b": {"choices": ["x"]}}},
+        {"space": {"b": SETTINGS["space"]["b"]}},
+        {"space": SETTINGS["space"] | {"c": {"low": 1, "high": 2}}},
+    ],
+)
+def test_another_search_in_the_same_folder_is_refused(tmp_path: Path, other: dict) -> None:
+    pytest.importorskip("optuna")
+    search.run(SETTINGS | {"trials": 3}, tmp_path, Tries(), stopped=bool)
+    tries = Tries()
+    with pytest.raises(UserError, match=r"another search .*name="):
+        search.run(SETTINGS | other, tmp_path, tries, stopped=bool)
+    assert not tries.seen
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"trials": 0}, "search.trials 0"),
+        ({"seed": -1}, "search.seed -1"),
+        ({"startup_trials": -1}, "search.startup_trials -1"),
+        ({"space": {}}, r"search\.space"),
+        ({"space": {"a": 5}}, r"space\.a=5: expected"),
+    ],
+)
+def test_numbers_that_are_none(tmp_path: Path, wrong: dict, said: str) -> None:
+    pytest.importorskip("optuna")
+    with pytest.raises(UserError, match=said):
+        search.run(SETTINGS | wrong, tmp_path / "new", Tries(), stopped=bool)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_key_that_is_null_so_far_can_be_searched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("optuna")
+    made, member = Sweep(["-m"]), Member(0, [], str(tmp_path / "0"))
+    made.members.append(Member(-1, [], str(tmp_path)))  # nothing is run before
+    monkeypatch.setattr(made, "run", lambda *_, **__: 0.5)
+
+    def searched(key: str) -> float | None:
+        space = {key: {"low": 1.0, "high": 2.0}}
+        plan = {"metric": "m", "before": [], "after": [], "evaluations": {}}
+        plan["search"] = SETTINGS | {"space": space, "trials": 1}
+        cfg = OmegaConf.create({"sweep": plan, "seed": 0, "trainer": {"clip": None}})
+        return planned.run(made, member, cfg, {})
+
+    assert searched("trainer.clip") == 0.5
+    with pytest.raises(UserError, match=r"trainer\.clap is not a key of this config"):
+        searched("trainer.clap")

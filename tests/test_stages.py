@@ -7,9 +7,11 @@ from typing import Any, ClassVar
 
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
 
-from beit import config, stages, sweep
+from beit import config, planned, stages, sweep
 from beit.errors import UserError
+from beit.explain import choices
 from beit.stages import Stage
 from beit.sweep import Sweep
 
@@ -20,26 +22,6 @@ PLAN = {
 }
 TYPED = ["sweep=x", "seed=3", "data=folder", "data.num_classes=4", "paths.data_dir=d", "optim.lr=1"]
 SHARED = ["data=folder", "data.num_classes=4", "paths.data_dir=d"]
-
-
-def test_the_words_of_each_stage() -> None:
-    assert stages.before(PLAN, TYPED) == [
-        Stage("x/tokenizer", "train", ["experiment=x/tokenizer", *SHARED, "resume=auto"])
-    ]
-    finetune, knn = stages.after(PLAN, TYPED, Path("s/0"), seed=3)
-    weights = "s/0/checkpoints/last.safetensors"
-    own = ["experiment=x/finetune", "seed=3", f"init_from={weights}"]
-    assert finetune == Stage("finetune", "train", [*own, *SHARED, "resume=auto"], "s/0/finetune")
-    words = [f"checkpoint={weights}", "evaluation=knn", "seed=3", *SHARED, "labels_per_class=5"]
-    assert knn == Stage("knn", "evaluate", [*words, "output=s/0/knn", "overwrite=true"], "s/0/knn")
-
-
-@pytest.mark.parametrize(
-    "text", ["a/b-c.d", "with space", "it's", "a\\b", "\\' \\", "x=1,2", "[a]", "$"]
-)
-def test_a_quoted_text_is_read_by_hydra_as_itself(text: str) -> None:
-    (word,) = OverridesParser.create().parse_overrides([f"key={stages.quoted(text)}"])
-    assert word.value() == text
 
 
 class Done:
@@ -65,6 +47,66 @@ def done(monkeypatch: pytest.MonkeyPatch) -> type[Done]:
     monkeypatch.setattr(sweep.subprocess, "Popen", Done)
     Done.started, Done.fails = [], set()
     return Done
+
+
+def test_the_words_of_each_stage() -> None:
+    assert stages.before(PLAN, TYPED) == [
+        Stage("x/tokenizer", "train", ["experiment=x/tokenizer", *SHARED, "resume=auto"])
+    ]
+    finetune, knn = stages.after(PLAN, TYPED, Path("s/0"), seed=3)
+    weights = "s/0/checkpoints/last.safetensors"
+    own = ["experiment=x/finetune", "seed=3", f"init_from={weights}"]
+    assert finetune == Stage("finetune", "train", [*own, *SHARED, "resume=auto"], "s/0/finetune")
+    words = [f"checkpoint={weights}", "evaluation=knn", "seed=3", *SHARED, *stages.ONE_DEVICE]
+    words += ["labels_per_class=5", "output=s/0/knn", "overwrite=true"]
+    assert knn == Stage("knn", "evaluate", words, "s/0/knn")
+
+
+def test_a_sweep_on_several_devices_evaluates_on_one() -> None:
+    typed = ["trainer=ddp", "trainer.devices=4", "trainer.precision=16-mixed", "data=cifar10"]
+    typed += ["loader.num_workers=5", "loader.last_batch=keep"]  # the last is of training alone
+    _, knn = stages.after(PLAN, typed, Path("s/0"), seed=3)
+    own = [word for word in knn.words if word.partition("=")[0] not in ("checkpoint", "output")]
+    cfg = config.compose([w for w in own if w != "overwrite=true"], config_name="evaluate")
+    assert (cfg.trainer.devices, cfg.trainer.num_nodes, cfg.trainer.strategy) == (1, 1, "auto")
+    assert (cfg.trainer.accelerator, cfg.trainer.precision) == ("gpu", "16-mixed")
+    assert cfg.loader.num_workers == 5
+
+
+@pytest.mark.parametrize("name", choices("sweep"))
+def test_every_sweep_can_be_told_what_follows(name: str) -> None:
+    words = [f"sweep={name}", "experiment=demo/pretrain", "sweep.after=[a]", "sweep.metric=m"]
+    cfg = config.compose(words)
+    assert (list(cfg.sweep.after), cfg.sweep.metric) == (["a"], "m")
+
+
+@pytest.mark.parametrize(
+    ("plan", "said"),
+    [
+        ({"before": ["demo/tokeniser"]}, "demo/tokeniser: .*did you mean demo/tokenizer"),
+        ({"after": ["demo/finetun"]}, "finetun: .*did you mean demo/finetune"),
+        ({"evaluations": {"kmm": {}}}, "kmm: evaluation=kmm does not exist"),
+        ({"evaluations": {"knn": {"labels": 5}}}, "knn: labels is not a key"),
+    ],
+)
+def test_what_could_not_follow_is_told_before_anything_runs(
+    plan: dict[str, Any], said: str, tmp_path: Path, done: type[Done]
+) -> None:
+    full = {"metric": "m", "before": [], "after": [], "evaluations": {}, "search": None, **plan}
+    cfg = OmegaConf.create({"sweep": full, "seed": 0})
+    member = sweep.Member(0, ["data=digits"], str(tmp_path / "0"))
+    with pytest.raises(UserError, match=said):
+        planned.run(Sweep(["-m"]), member, cfg, {})
+    assert not done.started
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "text", ["a/b-c.d", "with space", "it's", "a\\b", "\\' \\", "x=1,2", "[a]", "$"]
+)
+def test_a_quoted_text_is_read_by_hydra_as_itself(text: str) -> None:
+    (word,) = OverridesParser.create().parse_overrides([f"key={stages.quoted(text)}"])
+    assert word.value() == text
 
 
 def start(folder: Path, *words: str) -> Sweep:
@@ -127,10 +169,12 @@ def test_a_stages_words_are_no_place_for_others(words: str) -> None:
 
 def test_table_4_is_the_papers() -> None:
     """Each row differs from the first in what its name says, and in nothing else."""
+    tokens_only = {"views_per_image", "token_cache"}
+    of_pixels = {"task.target", "task.head", "views", "datamodule", *tokens_only}
     rows = {
         "no_blockwise": {"masking"},
-        "pixels": {"task.target", "task.head", "views", "datamodule"},
-        "pixels_no_blockwise": {"masking", "task.target", "task.head", "views", "datamodule"},
+        "pixels": of_pixels,
+        "pixels_no_blockwise": {"masking", *of_pixels},
         "all_patches": {"task.predict"},
         "unmasked_input": {"task.predict", "task.mask_input"},
         "longer": {"trainer"},
@@ -145,6 +189,7 @@ def test_table_4_is_the_papers() -> None:
         other = config.compose([f"experiment=table4/{row}"])
         assert _differing(cfg, other) == expected, row
     longer = config.compose(["experiment=table4/longer"])
+    assert cfg.views_per_image == longer.trainer.max_epochs  # the crops of an epoch are all rows'
     assert longer.trainer.max_epochs / cfg.trainer.max_epochs == pytest.approx(800 / 300)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile, ImageOps
 
 from beit.data.class_sets import checked_colours, class_set
 from beit.data.images import named_if_broken
@@ -27,9 +27,9 @@ LabelMap = Any  # np.ndarray int16 (H, W); to KeyedDataset it is one kind of lab
 class LabelIds:
     """What the values in label files mean.
 
-    Read as numbers: grey files of 1, 8 and 16 bits, the indices of palette files, RGB files whose
-    three channels are the same. Alpha is dropped. Other RGB files are refused, unless `colors` says
-    what number each colour stands for; then all RGB files are read by it.
+    Read as numbers: grey files of 1 to 16 bits, the indices of palette files, RGB files whose three
+    channels are the same. Alpha is dropped. Other RGB files are refused, unless `colors` says what
+    number each colour stands for; then all RGB files are read by it.
 
     Args:
         classes, palette: names and colours, see `class_sets.class_set`.
@@ -167,7 +167,7 @@ def read_label_map(file: str | Path | bytes, name: str, ids: LabelIds) -> LabelM
     """
     with named_if_broken(name):
         with open_header(file if isinstance(file, bytes) else read_file(file)) as opened:
-            kind = opened.format
+            kind, stretch = opened.format, _stretch(opened)
             decode(opened)
             ImageOps.exif_transpose(opened, in_place=True)
             values = _values(opened)
@@ -175,7 +175,14 @@ def read_label_map(file: str | Path | bytes, name: str, ids: LabelIds) -> LabelM
         raise UserError(f"label map {name}: a JPEG, which does not keep numbers; save it as PNG")
     if isinstance(values, str):
         raise UserError(f"label map {name}: {values}; expected whole numbers, one a pixel")
-    return ids(values, name)
+    return ids(values // stretch if stretch > 1 else values, name)
+
+
+def _stretch(opened: ImageFile.ImageFile) -> int:
+    """What Pillow multiplies grey values of 2 and 4 bits by, to make 255 of the highest."""
+    # programs that make PNGs small save label maps of few classes so
+    modes = str(opened.tile[0][3]) if opened.tile else ""
+    return next((by for mode, by in (("L;2", 85), ("L;4", 17)) if mode in modes), 1)
 
 
 def _values(image: Image.Image) -> np.ndarray | str:

@@ -87,13 +87,14 @@ class LabelledImages:
 
 
 class _Sample:
-    """(image, target), the target -1 where there is none."""
+    """(image, target), the target -1 where there is none; a label map is none."""
 
     def __init__(self, transform: Any) -> None:
         self.transform = transform
 
     def __call__(self, image: Image.Image, label: int | None, key: SampleKey) -> tuple[Tensor, ...]:
-        return self.transform(image), torch.tensor(-1 if label is None else label)
+        target = -1 if label is None or np.ndim(label) else label
+        return self.transform(image), torch.tensor(target)
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ class LabelledData:
 
         Raises:
             UserError: labels are missing or outside the classes, which training and validation must
-                share; no validation images; fewer labelled images than classes.
+                share; no validation images; fewer labelled images than classes, or of one alone.
         """
         if val is None:
             raise UserError("there are no validation images to measure on; set data.val")
@@ -131,6 +132,11 @@ class LabelledData:
             raise UserError(
                 f"{len(train)} labelled training images are fewer than the {count} classes: give "
                 "at least one of each, better some more"
+            )
+        if len(np.unique(train.labels)) < 2:  # type: ignore[arg-type]
+            raise UserError(
+                "the labelled training images are all of one class, which leaves nothing to tell "
+                "apart: give images of at least two"
             )
         images = {"transform": transform, "loader": loader}
         return cls(

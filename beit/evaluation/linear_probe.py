@@ -90,10 +90,11 @@ def fit(
         weight, bias = features.new_zeros(width, num_classes), features.new_zeros(num_classes)
     else:
         weight, bias = start.weight.clone(), start.bias.clone()
+    max_evaluations = 2 * max_iterations  # of the loss: a line search may take many
     optimizer = torch.optim.LBFGS(
         [weight, bias],
         max_iter=max_iterations,
-        max_eval=2 * max_iterations,
+        max_eval=max_evaluations,
         tolerance_grad=tolerance,
         tolerance_change=torch.finfo(features.dtype).eps / 100,  # of a loss that stands still
         history_size=20,
@@ -115,7 +116,8 @@ def fit(
 
     with torch.no_grad():
         optimizer.step(closure)
-    finished = optimizer.state[weight]["n_iter"] < max_iterations
+    state = optimizer.state[weight]
+    finished = state["n_iter"] < max_iterations and state["func_evals"] < max_evaluations
     return Logistic(weight, bias, classes, finished)
 
 

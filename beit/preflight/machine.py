@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from beit.memory import free_memory
 from beit.preflight.findings import Finding
 
 # instructions that multiply bf16: AMX and AVX-512 on x86, the same by its own name on ARM
@@ -123,11 +124,7 @@ def _cpu_flags() -> Collection[str]:
 
 
 def _available_memory() -> int:
-    try:
-        for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except (OSError, ValueError):
-        pass
+    if (free := free_memory()) is not None:
+        return free
     pages = os.sysconf("SC_PHYS_PAGES") if platform.system() != "Windows" else 0
     return pages * os.sysconf("SC_PAGE_SIZE") if pages > 0 else 0

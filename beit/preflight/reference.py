@@ -2,8 +2,6 @@
 
 import re
 
-from hydra import compose as hydra_compose
-from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
 from beit import config
@@ -21,8 +19,7 @@ def reference(words: list[str]) -> Reference | None:
     None where nothing is known to compare with: our own tokenizer, say, has no batch of its own.
     """
     kept = [word for word in words if not _CHANGES.match(word)]
-    running = GlobalHydra.instance().is_initialized()  # it knows the user's folders of configs
-    cfg = hydra_compose("train", overrides=kept) if running else config.compose(kept)
+    cfg = config.compose_within(kept)
     batch = OmegaConf.select(cfg, "batch.global_size", throw_on_missing=False)
     lr = OmegaConf.select(cfg, "optim.lr", throw_on_missing=False)
     recipe = next((word for word in reversed(words) if word.startswith("experiment=")), None)

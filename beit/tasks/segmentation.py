@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from beit.data.batches import SegmentationBatch
 from beit.data.label_maps import IGNORED
+from beit.data.pixels import by
 from beit.errors import UserError
 from beit.evaluation.memory import check_forward, told_if_memory_ends
 from beit.evaluation.segmentation_metrics import PixelConfusion, SegmentationScores
@@ -121,10 +122,7 @@ class Segmentation(L.LightningModule):
             log.info("inference %r", self.inference)
 
     def on_fit_start(self) -> None:
-        self._check_windows()
-
-    def on_validation_start(self) -> None:
-        self._check_windows()
+        self.check(self.device)
 
     def validation_step(self, batch: SegmentationBatch, batch_idx: int) -> None:
         for image, labels in zip(batch.images, batch.labels, strict=True):
@@ -153,10 +151,16 @@ class Segmentation(L.LightningModule):
             auxiliary=self.auxiliary,
         )
 
-    def _check_windows(self) -> None:
-        """Before the first step: later is too late to choose another window."""
+    def check(self, device: torch.device) -> None:
+        """Raises UserError for what validation cannot do: it would tell an epoch later."""
         if known := self.inference.largest_pass():
-            check_forward(self.backbone, *known, self.device)
+            check_forward(self.backbone, *known, device)
+        elif not self.backbone.any_size:
+            raise UserError(
+                f"inference {self.inference!r} takes images as they come, and this model those of "
+                f"{by(self.backbone.image_size)} px alone: say model.any_size=true, or "
+                "inference=sliding"
+            )
 
     def _fitting_logits(self, windows: Tensor) -> Tensor:
         count, _, height, width = windows.shape

@@ -19,6 +19,7 @@ from scripts.bench.settings import Settings
 from scripts.bench.timing import alternate
 
 ROW = "Guards: a step with and without them"
+_FEW_STEPS = ("trainer.limit_train_batches=2", "trainer.limit_val_batches=1")  # one interval
 
 
 class Intervals(L.Callback):
@@ -53,7 +54,11 @@ def run(settings: Settings) -> list[Table]:
         "a value is the median step of one run; both have the same data, task, loggers and other "
         f"callbacks. In pairs of runs the guards cost {100 * extra:+.1f} % in the median."
     ]
-    return [Table("the demo's pretraining, batch 128", entries, notes=notes)]
+    return [Table(f"the demo's pretraining, batch {_batch(settings)}", entries, notes=notes)]
+
+
+def _batch(settings: Settings) -> int:
+    return settings.number(128, 8)
 
 
 def _step_seconds(settings: Settings, *, guarded: bool) -> float:
@@ -101,11 +106,12 @@ def _config(settings: Settings, folder: str) -> DictConfig:
             "data=digits",
             "logger=csv",
             "callbacks=default",
-            "batch.global_size=128",
-            "batch.per_device=128",
+            f"batch.global_size={_batch(settings)}",
+            f"batch.per_device={_batch(settings)}",
             "optim.warmup_epochs=0",
             "loader.check_images=0",
             f"trainer.max_epochs={settings.number(6, 1)}",
+            *(_FEW_STEPS if settings.quick else ()),
             f"paths.runs_dir={folder}",
             "paths.output_dir=${paths.runs_dir}/run",
             "name=run",

@@ -1,4 +1,6 @@
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -54,6 +56,28 @@ def test_one_bit():
     bits = np.array([[True, False, True]])
     labels = read_label_map(encoded(Image.fromarray(bits)), "file", LabelIds(2))
     assert labels.tolist() == [[1, 0, 1]]
+
+
+def grey_png(rows, bits):
+    """A grey PNG of so many bits, as programs that make PNGs small write them; Pillow cannot."""
+
+    def chunk(kind, data):
+        data = kind + data
+        return struct.pack(">I", len(data) - 4) + data + struct.pack(">I", zlib.crc32(data))
+
+    lines = ("".join(f"{value:0{bits}b}" for value in row) for row in rows)
+    packed = [int(line, 2).to_bytes(len(line) // 8, "big") for line in lines]
+    header = struct.pack(">IIBBBBB", len(rows[0]), len(rows), bits, 0, 0, 0, 0)
+    pixels = zlib.compress(b"".join(b"\0" + line for line in packed))
+    parts = chunk(b"IHDR", header), chunk(b"IDAT", pixels), chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_two_and_four_bits_are_not_stretched(bits):
+    rows = [[0, 1, 2, 3], [2**bits - 1, 0, 1, 1]]
+    labels = read_label_map(grey_png(rows, bits), "file", LabelIds(150))
+    assert labels.tolist() == rows
 
 
 def test_sixteen_bits_are_not_scaled():

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from beit.data.labelled import LabelledData
 from beit.errors import UserError
 from beit.evaluation.features import Compute, checked_layers, extract, full_precision
 
@@ -128,3 +129,18 @@ def test_a_part_is_drawn_once_and_even(images):
     again = whole.part(9, seed=4)
     assert part.source.indices.tolist() == again.source.indices.tolist()
     assert whole.part(31, seed=4) is whole
+
+
+def test_label_maps_are_no_labels(images, noise):
+    """What looks at no label takes images from anywhere, pairs with label maps among them."""
+
+    class Pairs(noise):
+        def load(self, index):
+            return super().load(index)[0], np.zeros((20 + index, 30), dtype=np.int16)
+
+    few = images(3)
+    data = LabelledData.unlabelled(
+        Pairs(3, labelled=False), None, transform=few.transform, loader=few.loader
+    )
+    (batch,) = data.val.batches()
+    assert batch.targets.tolist() == [-1, -1, -1]

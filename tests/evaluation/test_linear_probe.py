@@ -163,3 +163,17 @@ def test_checks_come_before_features(backbone, noise, labelled):
     with pytest.raises(UserError, match="none can be held out"):
         LinearProbe().check(backbone(), labelled(noise(3), noise(9)))
     LinearProbe().check(backbone(), data)
+
+
+def test_a_fit_that_used_up_its_evaluations_is_not_finished():
+    """On such steep features a single line search takes all that two iterations may."""
+    draw = torch.Generator().manual_seed(0)
+    features = 100 * torch.randn(40, 3, dtype=torch.float64, generator=draw)
+    labels = torch.randint(0, 3, (40,), generator=draw)
+    fits = {
+        most: fit(features, labels, l2=1e-3, max_iterations=most, tolerance=1e-9)
+        for most in (2, 500)
+    }
+    assert not torch.allclose(fits[2].weight, fits[500].weight, rtol=0.05)
+    assert fits[500].finished
+    assert not fits[2].finished

@@ -5,6 +5,7 @@ import math
 import torch
 import torch.nn.functional as F
 
+from beit.data.batches import MIMBatch
 from beit.models.heads import MIMHead
 from beit.models.vit import VisionTransformer
 from beit.optim.recipe import AdamWRecipe
@@ -62,6 +63,24 @@ def test_predicted_tokens_are_the_likeliest_at_each_patch() -> None:
     predicted = task.predict_tokens(images, mask)
     assert predicted.shape == (7, 3, 5)
     torch.testing.assert_close(predicted[mask], task(images, mask).argmax(-1))
+
+
+def test_validation_is_a_mean_over_patches() -> None:
+    """Images with many hidden patches weigh more, however they are batched."""
+    task, (images, mask, token_ids) = _task(), _batch()
+    mask[0] = True
+    logged: dict[str, list[tuple[float, int]]] = {}
+    task.log = lambda name, value, *, batch_size, **_: (  # type: ignore[method-assign]
+        logged.setdefault(name, []).append((float(value.detach()), batch_size))
+    )
+    for part in (slice(0, 1), slice(1, 7)):
+        batch = MIMBatch(images[part], mask[part], token_ids[part], torch.arange(7)[part])
+        task.validation_step(batch, 0)
+    loss = F.cross_entropy(task(images, mask), token_ids[mask])
+    hits = (task(images, mask).argmax(dim=1) == token_ids[mask]).float().mean()
+    for name, expected in (("val/loss", loss), ("val/mim_acc", hits)):
+        values, weights = (torch.tensor(part) for part in zip(*logged[name]))
+        torch.testing.assert_close((values * weights).sum() / weights.sum(), expected)
 
 
 def test_a_fresh_network_is_as_unsure_as_a_uniform_guess() -> None:

@@ -75,14 +75,16 @@ def batches(sizes, *, ignored=0.3):
         yield SegmentationBatch(images, labels, indices, torch.full((size,), -1))
 
 
-def fit(task, parts, folder, *, accumulate, callbacks=()):
-    trainer = L.Trainer(
+def trainer(folder, *, accumulate=1, callbacks=()):
+    return L.Trainer(
         accelerator="cpu", max_epochs=1, accumulate_grad_batches=accumulate, logger=False,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
         default_root_dir=folder, callbacks=list(callbacks),
     )  # fmt: skip
-    trainer.fit(task, DataLoader(parts, batch_size=None))
-    return trainer
+
+
+def fit(task, parts, folder, **options):
+    trainer(folder, **options).fit(task, DataLoader(parts, batch_size=None))
 
 
 def literal_loss(task, images, labels):
@@ -184,6 +186,41 @@ def test_optimizer_has_all_parts_and_scales_the_backbone_alone():
     assert {v for k, v in scale.items() if not k.startswith("backbone.")} == {1.0}
     assert scale["backbone.blocks.2.mlp.fc1.weight"] == 0.5
     assert scale["backbone.patch_embed.proj.weight"] == 0.5**4
+
+
+def test_a_step_moves_every_part(tmp_path):
+    task = make_task(plain=False, kind=Segmentation)
+    before = copy.deepcopy(task)
+    part = next(batches([3]))
+    data = L.LightningDataModule()
+    data.train_dataloader = lambda: DataLoader([part], batch_size=None)
+    data.micro_batches = lambda **_: 1
+    trainer(tmp_path).fit(task, datamodule=data)
+    for (name, now), (_, old) in zip(task.named_parameters(), before.named_parameters()):
+        assert not torch.equal(now, old), name
+
+
+def test_each_validation_is_measured_by_itself():
+    """Against counts of the classes that the task predicts."""
+    task, logged = make_task().eval(), {}
+    task.log = lambda name, value, **_: logged.update({name: float(value)})
+    for seed, count in ((1, 2), (2, 1)):
+        draw = torch.Generator().manual_seed(seed)
+        images = [torch.randn(3, 24, 40, generator=draw) for _ in range(count)]
+        labels = [torch.randint(-1, K - 1, (31, 50), generator=draw) for _ in images]
+        task.validation_step(SegmentationBatch(images, labels, None, None), 0)
+        task.on_validation_epoch_end()
+        with torch.no_grad():
+            found = torch.stack([task.predict(image, (31, 50)) for image in images])
+        truth = torch.stack(labels)
+        found, truth = found[truth >= 0], truth[truth >= 0]
+        of_classes = [
+            float(((found == k) & (truth == k)).sum() / ((found == k) | (truth == k)).sum())
+            for k in range(K)
+            if k in found or k in truth
+        ]
+        assert logged["val/miou"] == pytest.approx(sum(of_classes) / len(of_classes))
+        assert logged["val/pixel_acc"] == pytest.approx(float((found == truth).float().mean()))
 
 
 def test_mistakes_are_told():
