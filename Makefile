@@ -17,9 +17,8 @@ demo: $(STAMP) ## tokenizer, pretraining, fine-tuning and from scratch on handwr
 
 install: $(STAMP) ## make .venv with beit and all that the demo needs
 
-# not too many workers: each takes more than a GiB
-test: $(STAMP)-dev ## the tests, on all cores (ARGS="-k name" passes arguments to pytest)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --no-loadscope-reorder $(ARGS)
+test: $(STAMP)-dev ## the tests (ARGS="-k name" passes arguments to pytest)
+	$(BIN)/python -m pytest $(ARGS)
 
 faults: $(STAMP)-dev ## kill, starve, damage and attack runs (15 minutes; ARGS="kills" for one row)
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m scripts.faults --write-docs $(ARGS)

@@ -52,8 +52,11 @@ def run(
                 seed=_seed(settings["seed"], number), n_startup_trials=settings["startup_trials"]
             )
             trial = study.ask(space)
-        words = [f"{key}={_word(value)}" for key, value in trial.params.items()]
         finished = number < len(known) and trial.state.is_finished()
+        if not finished and trial.params.keys() != space.keys():
+            study.tell(number, state=optuna.trial.TrialState.FAIL)  # killed while it was drawn
+            continue
+        words = [f"{key}={_word(value)}" for key, value in trial.params.items()]
         value = attempt(number, words, not finished)
         if not finished and not stopped():
             failed = None if value is not None else optuna.trial.TrialState.FAIL
@@ -86,8 +89,10 @@ def _checked(optuna: Any, settings: dict[str, Any]) -> dict[str, Any]:
 
 def _check_same(study: Any, direction: str, space: dict[str, Any], folder: Path) -> None:
     """Raises UserError for the study of another search: Optuna would mix the two."""
-    spaces = [trial.distributions for trial in study.get_trials(deepcopy=False)]
-    if study.direction.name.lower() != direction or any(known != space for known in spaces):
+    drawn = [trial.distributions for trial in study.get_trials(deepcopy=False)]
+    # nothing was drawn yet for one that was killed as it was asked for
+    same = all(one == space for one in drawn if one)
+    if study.direction.name.lower() != direction or not same:
         raise UserError(
             f"{folder / STUDY} is of another search (space or direction): give this sweep another "
             "name (name=...)"

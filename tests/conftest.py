@@ -2,7 +2,6 @@
 
 import logging
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -42,23 +41,6 @@ TINY_MIM = [
     "views.flip=0.0",
     *TINY_VIT,
 ]
-
-
-# the last of these tests looks at what all of them measured
-TOGETHER = ("tests/parity/", "tests/interop/")
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """With several workers (-n) a file's tests, or such a folder's, stay together and in order."""
-    from xdist.scheduler import LoadFileScheduling
-
-    class Together(LoadFileScheduling):
-        def _split_scope(self, nodeid: str) -> str:
-            file = super()._split_scope(nodeid)
-            return next((folder for folder in TOGETHER if file.startswith(folder)), file)
-
-    return Together(config, log)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

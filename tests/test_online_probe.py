@@ -1,5 +1,6 @@
 """A probe that looks on: the training comes out the same, to the last bit, with and without it."""
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -13,10 +14,6 @@ from beit.callbacks.metrics_file import read_metrics
 from beit.callbacks.online_probe import OnlineProbe
 from beit.checkpoints.file import read_file
 from beit.errors import UserError
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from scripts.faults.forked import run_ranks
 
 Words = dict[str, list[str]]
 PROBE = [
@@ -120,15 +117,18 @@ def test_other_images_may_have_the_labels(words: list[str], tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="forks")
-def test_two_processes(words: list[str], tmp_path: Path) -> None:
+def test_two_processes(words: list[str], bare: tuple[Path, torch.Tensor], tmp_path: Path) -> None:
     """The first rank probes, the other waits."""
-    own = ["trainer=ddp_cpu", "batch.per_device=16", "model.drop_rate=0.0"]
-    for name, probe in (("two", PROBE), ("without", [])):
-        where = [f"paths.runs_dir={tmp_path}", f"name={name}"]
-        for outcome in run_ranks(2, beit.train, *words, *probe, *own, *where, timeout=300.0):
-            assert outcome.returncode == 0, outcome.output[-3000:]
-    assert len(probed(tmp_path / "two")) == len(checkpoints(tmp_path / "two")) == 2
+    command = [sys.executable, "-m", "beit.cli", "train", *words, *PROBE, "trainer=ddp_cpu"]
+    command += ["batch.per_device=16", "model.drop_rate=0.0"]
+    command += [f"paths.runs_dir={tmp_path}", "name=two"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(probed(tmp_path / "two")) == 2
+    without = [word for word in command if word not in PROBE]
+    without[-1] = "name=without"
+    done = subprocess.run(without, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
     assert_same_run(tmp_path / "two", tmp_path / "without")
 
 

@@ -53,6 +53,21 @@ def test_a_search_that_was_cut_goes_on_as_if_it_had_not(tmp_path: Path) -> None:
     assert best == min(values)
 
 
+def test_a_trial_that_was_killed_as_it_was_drawn_has_failed(tmp_path: Path) -> None:
+    optuna = pytest.importorskip("optuna")
+    whole, tries = Tries(), Tries()
+    search.run(SETTINGS, tmp_path / "whole", whole, stopped=whole.stopped)
+    place = tmp_path / "killed"
+    place.mkdir()
+    study = optuna.create_study(
+        storage=f"sqlite:///{place / search.STUDY}", study_name="sweep", direction="minimize"
+    )
+    study.ask()  # and the process is gone
+    search.run(SETTINGS, place, tries, stopped=tries.stopped)
+    assert sorted(tries.seen) == [1, 2, 3, 4, 5, 6]
+    assert tries.seen[1] == whole.seen[1]  # drawn at random, as a function of its number
+
+
 def test_a_space_that_is_none(tmp_path: Path) -> None:
     pytest.importorskip("optuna")
     with pytest.raises(UserError, match=r"sweep\.search\.space\.a=.*expected \{low, high\}"):
