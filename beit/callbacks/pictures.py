@@ -19,7 +19,7 @@ from beit.callbacks.figures import Pictures as Pixels
 from beit.data.batches import MaskedBatch, MIMBatch, PixelBatch
 from beit.errors import UserError
 from beit.loggers.guard import Guard
-from beit.loggers.guarded import GuardedLogger, log_picture, log_table
+from beit.loggers.guarded import log_picture, log_table
 from beit.tokenizers.base import to_value_range
 
 log = logging.getLogger(__name__)
@@ -189,19 +189,13 @@ def publish(trainer: L.Trainer, name: str, figure: Figure, folder: Path) -> None
     step = trainer.global_step
     pixels = save_figure(figure, folder / f"{name}-step{step:07d}.png")
     for logger in trainer.loggers:
-        if isinstance(logger, GuardedLogger):
-            logger.log_picture(name, pixels, step)
-        else:
-            log_picture(logger, name, pixels, step)
+        log_picture(logger, name, pixels, step)
 
 
 def publish_table(trainer: L.Trainer, name: str, rows: list[dict[str, Any]]) -> None:
     """Rows with the same keys into TensorBoard and W&B where they are."""
     for logger in trainer.loggers:
-        if isinstance(logger, GuardedLogger):
-            logger.log_table(name, rows, trainer.global_step)
-        else:
-            log_table(logger, name, rows, trainer.global_step)
+        log_table(logger, name, rows, trainer.global_step)
 
 
 def rows_over(batch: int, size: int, *, batches: int, count: int) -> list[int]:

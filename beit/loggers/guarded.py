@@ -96,8 +96,10 @@ class RewindLoggers(L.Callback):
 
 
 def log_picture(logger: Logger, name: str, pixels: np.ndarray, step: int) -> None:
-    """Pixels (H, W, 3) uint8 to TensorBoard and W&B; other loggers take none."""
-    if isinstance(logger, TensorBoardLogger):
+    """Pixels (H, W, 3) uint8 to TensorBoard and W&B, guarded or not; other loggers take none."""
+    if isinstance(logger, GuardedLogger):
+        logger.log_picture(name, pixels, step)
+    elif isinstance(logger, TensorBoardLogger):
         logger.experiment.add_image(name, pixels, step, dataformats="HWC")
     elif isinstance(logger, WandbLogger):
         logger.log_image(name, [pixels])
