@@ -13,9 +13,10 @@ from beit.memory import free_memory
 from beit.nearest import did_you_mean
 
 # nodes without a `_target_`, and the keys in them that tasks read
+_IMAGES = ("train", "val", "num_classes", "name", "repo", "classes")
 GROUPS = {
-    "data": ("train", "val", "num_classes", "name", "repo"),
-    "labelled": ("train", "val", "num_classes"),
+    "data": _IMAGES,
+    "labelled": _IMAGES,
     "normalize": ("mean", "std"),
     "views": ("train", "eval"),
     "head": ("main", "auxiliary"),

@@ -41,7 +41,7 @@ def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
 
     table = Table()
     for number, name in enumerate(rows[0]):
-        table.add_column(name, justify="right" if number else "left")
+        table.add_column(name, justify="right" if number else "left", overflow="fold")
     for row in rows:
         table.add_row(*(_cell(value) for value in row.values()))
     Console(stderr=True, highlight=False).print(table)

@@ -62,7 +62,8 @@ def _of_run(cfg: DictConfig, world_size: int, machine: Machine, steps: int) -> I
         with told(findings, "network"):
             weights = _weights(cfg)
             findings.append(_weights_told(weights))
-            findings.append(_disk(cfg, weights))
+            plan = (0, 0) if data is None else runner.plan_of(cfg, data, world_size)
+            findings.append(_disk(cfg, weights, *plan))
     if data is not None and weights is not None:
         with told(findings, "step"):
             findings += _of_steps(cfg, data, weights, world_size, machine, steps)
@@ -144,12 +145,21 @@ def _weights_told(weights: Weights) -> Finding:
     return Finding("ok", "network", text + (", and averaged" if weights.averaged else ""))
 
 
-def _disk(cfg: DictConfig, weights: Weights) -> Finding:
+def _disk(cfg: DictConfig, weights: Weights, per_epoch: int, total: int) -> Finding:
+    """Of a run of `total` steps, `per_epoch` an epoch; 0 where its images cannot be read."""
     nodes = [node for node in (cfg.callbacks or {}).values() if node]
     keepers = [node for node in nodes if node.get("_target_") == _KEEPER]
-    kept = sum(max(1, node.keep) + bool(node.best_by) for node in keepers)
+    kept = sum(_kept(node, per_epoch, total) + bool(node.best_by) for node in keepers)
     folder = Path(keepers[0].folder) if keepers else Path(cfg.paths.output_dir)
     return space.check_disk(weights, kept=kept, folder=folder)
+
+
+def _kept(keeper: DictConfig, per_epoch: int, total: int) -> int:
+    """Checkpoints that stay; of a keeper of all those by steps and epochs, not those by minutes."""
+    if keeper.keep != -1:
+        return int(keeper.keep)
+    between = [keeper.every_n_steps, keeper.every_n_epochs * per_epoch]
+    return max(1, len({step for n in between if n for step in range(n, total + 1, n)} | {total}))
 
 
 def _memory(

@@ -90,7 +90,7 @@ def gather(folder: Path, *, metrics: Sequence[str] = ()) -> Table:
         own = {key: settings[key] for key in keys if key in settings}
         row = rows.setdefault(tuple(own.get(key, "") for key in keys), Row(own))
         row.members.append(member)
-        for name, value in _values(member).items() if member.state == "done" else ():
+        for name, value in _values(member, folder).items() if member.state == "done" else ():
             row.values.setdefault(name, []).append(value)
     known = sorted({name for row in rows.values() for name in row.values})
     for name in metrics:
@@ -120,15 +120,19 @@ def _seed(member: Member) -> str:
     return _settings(member).get("seed", "0")
 
 
-def _values(member: Member) -> dict[str, float]:
-    """Last metrics of the validations and of what followed the run, and `NAME best` of each."""
+def _values(member: Member, folder: Path) -> dict[str, float]:
+    """Last metrics of the validations and of what followed the run, and `NAME best` of each.
+
+    The member's files are looked for in the sweep's `folder`, which may have been moved.
+    """
     found = {
         name: value
         for name, value in member.metrics.items()
         if value is not None and not name.rpartition("/")[0].endswith("train")
     }
-    for path in sorted(Path(member.folder).glob("**/metrics.csv")):
-        stage = path.parent.relative_to(member.folder).as_posix()
+    place = folder / Path(member.folder).name
+    for path in sorted(place.glob("**/metrics.csv")):
+        stage = path.parent.relative_to(place).as_posix()
         prefix = "" if stage == "." else f"{stage}/"
         for name, values in _columns(path):
             best = min(values) if name.endswith(LEAST) else max(values)

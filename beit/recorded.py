@@ -11,6 +11,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from beit import config
 from beit.errors import UserError
+from beit.explain import choices
+from beit.nearest import did_you_mean
 from beit.security import folders, limits
 from beit.security.composing import check_recorded
 
@@ -93,7 +95,8 @@ def _choose(cfg: DictConfig, group: str, choice: str) -> None:
         with config.vetted(), initialize_config_dir(config_dir=folder, version_base="1.3"):
             chosen = compose(config_name=f"{group}/{choice}")
     except HydraException as error:
-        raise UserError(f"{group}={choice}: no such choice; see beit train --help") from error
+        hint = did_you_mean(choice, choices(group.replace(".", "/")))
+        raise UserError(f"{group}={choice}: no such choice: {hint}") from error
     node = OmegaConf.create(OmegaConf.to_container(chosen[group], resolve=False))
     for key in list(node):
         if OmegaConf.is_missing(node, key) and key in cfg[group]:

@@ -98,7 +98,9 @@ def fit(cfg: DictConfig, words: Sequence[str] | None = None) -> dict[str, float]
             if hasattr(callback, "check"):
                 callback.check(task, data)
         if hasattr(task, "check"):
-            task.check(trainer.strategy.root_device)
+            ranks = world_size if cfg.trainer.get("sync_batchnorm") else 1
+            images = cfg.batch.per_device * ranks
+            task.check(trainer.strategy.root_device, normalised_together=images)
         if first:  # only now: what is refused leaves nothing behind
             guards.enter_context(run_folder.claimed(folder))
             resume.write_run_id(folder, beginning.run_id)

@@ -1,7 +1,8 @@
 """What a sweep runs beside its members: recipes before them, recipes and evaluations after each."""
 
+import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ def after(plan: Mapping[str, Any], typed: Iterable[str], folder: Path, *, seed: 
         words = [f"checkpoint={weights}", f"evaluation={name}", f"seed={seed}"]
         words += [word for word in shared if _is_of(word, _OF_EVALUATION)]
         words += ONE_DEVICE  # however many the member is trained on
-        words += [f"{key}={value}" for key, value in (settings or {}).items()]
+        words += [f"{key}={_word(value)}" for key, value in (settings or {}).items()]
         words += [f"output={place}", "overwrite=true"]
         stages.append(Stage(name, "evaluate", words, place))
     return stages
@@ -56,11 +57,22 @@ def after(plan: Mapping[str, Any], typed: Iterable[str], folder: Path, *, seed: 
 def quoted(value: str | Path) -> str:
     """A text as Hydra reads it in a word, whatever is in it."""
     text = str(value)
-    if re.fullmatch(r"[\w./-]+", text):
+    if re.fullmatch(r"[\w./-]+", text) and "/" in text:  # without one it may be null, or a number
         return text
     # a backslash says something only in front of a quote
     escaped = re.sub(r"(\\*)('|$)", lambda m: 2 * m[1] + ("\\'" if m[2] else ""), text)
     return f"'{escaped}'"
+
+
+def _word(value: Any) -> str:
+    """A value of a config as Hydra reads it in a word: null, true, [1,2], {a:1}, 'a, b'."""
+    if isinstance(value, str):
+        return quoted(value)
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{key}:{_word(one)}" for key, one in value.items()) + "}"
+    if isinstance(value, Sequence):
+        return "[" + ",".join(_word(one) for one in value) + "]"
+    return json.dumps(value)
 
 
 def _shared(typed: Iterable[str]) -> list[str]:

@@ -120,3 +120,19 @@ def test_a_seed_gives_the_same_backbone_whatever_head_it_has() -> None:
     for words in (["pooling=cls"], ["data.num_classes=3"], ["model.drop_path_rate=0"]):
         assert torch.equal(first_weights("task=classification", *words), expected)
     assert torch.equal(first_weights("task=linear_probe"), expected)
+
+
+_SIZES = ["batch.global_size=8", "batch.per_device=8", "trainer.max_epochs=1"]
+
+
+@pytest.mark.parametrize(
+    ("choice", "key", "value"),
+    [("hub", "repo", "owner/name"), ("torchvision", "name", "Flowers102"), ("list", "classes", [])],
+)
+def test_a_data_config_serves_as_labelled_images_too(choice: str, key: str, value: object) -> None:
+    words = ["data=unlabelled", *_SIZES, f"data@labelled={choice}", f"labelled.{key}={value}"]
+    cfg = config.compose(
+        ["task=mim", "model=micro", "tokenizer=trained", "tokenizer.path=x", *words]
+    )
+    config.check(cfg)
+    assert cfg.labelled.train[key] == cfg.labelled.val[key] == value

@@ -35,6 +35,23 @@ def test_a_healthy_run_is_examined_and_nothing_is_written(tiny: Words, tmp_path,
     assert not files(tmp_path)
 
 
+def test_checkpoints_that_all_stay_are_all_counted(tiny: Words):
+    words = [
+        *tiny["classification"],
+        "model.depth=2",
+        "trainer.max_epochs=4",
+        "trainer.max_steps=-1",
+    ]
+    words += ["callbacks.checkpoints.every_n_epochs=2", "callbacks.checkpoints.every_n_steps=5"]
+    best = 1  # of a validation's metric
+    kept = {
+        keep: found([*words, f"callbacks.checkpoints.keep={keep}"])["disk"].text for keep in (3, -1)
+    }
+    assert f"({3 + best} kept + 1 being written)" in kept[3]
+    # of 12 steps, 3 an epoch: after steps 5, 6, 10 and 12
+    assert f"({4 + best} kept + 1 being written)" in kept[-1]
+
+
 def test_parameters_without_a_gradient_are_named(tiny: Words):
     # a mask token that nothing hides behind
     findings = found([*tiny["classification"], "model.depth=2", "model.mask_token=true"])

@@ -66,6 +66,13 @@ def test_the_csv_has_every_metric(tmp_path: Path) -> None:
     assert rows[2]["val/acc1 runs"] == "0"
 
 
+def test_a_sweep_that_was_moved_is_gathered_from_where_it_lies(tmp_path: Path) -> None:
+    made(tmp_path / "here")
+    (tmp_path / "here").rename(tmp_path / "there")
+    table = gathering.gather(tmp_path / "there")
+    assert table.rows[0].values["finetune/val/acc1 best"] == [0.8]
+
+
 def test_the_picture(tmp_path: Path) -> None:
     made(tmp_path)
     assert Image.open(tmp_path / "gathered.png").size[0] > 100

@@ -1,7 +1,10 @@
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+from beit.memory import _left_by_groups
 
 PROGRAM = """
 import resource, sys
@@ -31,3 +34,20 @@ def page_faults(word: str) -> int:
 def test_a_tensor_gets_the_pages_of_the_one_before() -> None:
     # 20 tensors of 50 MiB: by default the kernel hands out 12,800 pages anew for each of them
     assert page_faults("keep") < page_faults("default") / 2
+
+
+def test_a_control_group_bounds_the_memory(tmp_path: Path) -> None:
+    inner = tmp_path / "root" / "slurm" / "job"
+    inner.mkdir(parents=True)
+    bounds = {inner: ("1000", "700", "100"), inner.parent: ("900", "800", "50")}
+    bounds[tmp_path / "root"] = ("max", "5000", "0")
+    for folder, (bound, used, files) in bounds.items():
+        (folder / "memory.max").write_text(f"{bound}\n")
+        (folder / "memory.current").write_text(f"{used}\n")
+        (folder / "memory.stat").write_text(f"anon 7\ninactive_file {files}\nactive_file 9\n")
+    membership = tmp_path / "cgroup"
+    membership.write_text("4:memory:/elsewhere\n0::/slurm/job\n")
+    assert list(_left_by_groups(membership, tmp_path / "root")) == [400, 150]
+    membership.write_text("0::/not/to/be/seen\n")
+    assert not list(_left_by_groups(membership, tmp_path / "root"))
+    assert not list(_left_by_groups(tmp_path / "none", tmp_path / "root"))

@@ -236,6 +236,10 @@ def test_nothing_is_written_over_unless_told(
     [
         (["inference=whole"], r"model\.any_size=true, or inference=sliding"),
         (["inference.windows_per_pass=1000000000"], "attention alone needs"),
+        (
+            ["batch.global_size=1", "batch.per_device=1"],
+            "UPerNet cannot train on one image at a time",
+        ),
     ],
 )
 def test_what_validation_cannot_do_is_told_before_there_is_a_run(

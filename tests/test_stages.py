@@ -62,6 +62,17 @@ def test_the_words_of_each_stage() -> None:
     assert knn == Stage("knn", "evaluate", words, "s/0/knn")
 
 
+@pytest.mark.parametrize(
+    "value", [None, True, 5, 1e-5, "a, b", "null", [1, "x y"], {"a": {"b": [None, False]}}, "", []]
+)
+def test_settings_of_an_evaluation_are_read_by_hydra_as_themselves(value: Any) -> None:
+    plan = PLAN | {"after": [], "evaluations": {"knn": {"key": value}}}
+    (knn,) = stages.after(plan, [], Path("s/0"), seed=0)
+    (word,) = [word for word in knn.words if word.startswith("key=")]
+    (read,) = OverridesParser.create().parse_overrides([word])
+    assert OmegaConf.to_object(OmegaConf.create([read.value()]))[0] == value
+
+
 def test_a_sweep_on_several_devices_evaluates_on_one() -> None:
     typed = ["trainer=ddp", "trainer.devices=4", "trainer.precision=16-mixed", "data=cifar10"]
     typed += ["loader.num_workers=5", "loader.last_batch=keep"]  # the last is of training alone

@@ -108,7 +108,7 @@ def test_evaluate_takes_other_data_and_another_trainer(runs: Path) -> None:
     assert other["val/loss"] != beit.evaluate(checkpoint)["val/loss"]
     with pytest.raises(UserError, match="nonsense"):
         beit.evaluate(checkpoint, "data.val.split=nonsense")
-    with pytest.raises(UserError, match="no such choice"):
+    with pytest.raises(UserError, match="no such choice: expected one of cpu, ddp"):
         beit.evaluate(checkpoint, "trainer=nonsense")
 
 

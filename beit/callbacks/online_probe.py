@@ -32,7 +32,7 @@ class OnlineProbe(L.Callback):
         probes: by name, evaluations of features such as `KNN` and `LinearProbe`.
         train_images, val_images: at most so many; drawn once from `seed`, the classes as equal in
             number as can be.
-        every_n_epochs: and at the end of the last one.
+        every_n_epochs: and at the end of the last one, or of the run's steps.
         batch_size: images of a forward pass.
 
     Raises:
@@ -108,8 +108,8 @@ class OnlineProbe(L.Callback):
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         epoch = trainer.current_epoch + 1
-        due = epoch % self.every_n_epochs == 0 or epoch == trainer.max_epochs
-        if due and trainer.is_global_zero:
+        last = epoch == trainer.max_epochs or trainer.global_step == trainer.max_steps
+        if (last or epoch % self.every_n_epochs == 0) and trainer.is_global_zero:
             self._guard(self._probe, trainer, pl_module)
 
     def _probe(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -78,7 +78,8 @@ class UPerNetHead(PixelClassifier):
         Raises:
             UserError: one image alone in training, of which a pooled map has a single value.
         """
-        self._check_batch(maps[0])
+        if self.training and type(self.bottleneck.bn) is nn.BatchNorm2d:
+            self.check_images(len(maps[0]))  # SyncBatchNorm sees those of the other processes too
         levels = [lateral(x) for lateral, x in zip(self.lateral_convs, maps[:-1], strict=True)]
         levels.append(self.bottleneck([maps[-1], *(pool(maps[-1]) for pool in self.psp_modules)]))
         for i in reversed(range(NUM_MAPS - 1)):
@@ -86,10 +87,9 @@ class UPerNetHead(PixelClassifier):
         smooth = [conv(x) for conv, x in zip(self.fpn_convs, levels[:-1], strict=True)]
         return self.classify(self.fpn_bottleneck([*smooth, levels[-1]]))
 
-    def _check_batch(self, first: Tensor) -> None:
-        # SyncBatchNorm sees the images of the other processes
-        alone = self.training and len(first) == 1 and type(self.bottleneck.bn) is nn.BatchNorm2d
-        if alone:
+    def check_images(self, count: int) -> None:
+        """Raises UserError where BatchNorm is to see `count` images in training, and that is 1."""
+        if count == 1:
             raise UserError(
                 "UPerNet cannot train on one image at a time, BatchNorm needs two of a process:"
                 " batch.per_device=2, or trainer.sync_batchnorm=true with several processes"

@@ -17,7 +17,7 @@ from beit.evaluation.memory import check_forward, told_if_memory_ends
 from beit.evaluation.segmentation_metrics import PixelConfusion, SegmentationScores
 from beit.evaluation.windows import Inference
 from beit.models.pyramid import FeaturePyramid, PlainMaps
-from beit.models.segmentation import resize
+from beit.models.segmentation import UPerNetHead, resize
 from beit.models.vit import VisionTransformer
 from beit.optim.recipe import AdamWRecipe
 from beit.tasks.accounting import MeanOverGlobalBatch
@@ -151,8 +151,13 @@ class Segmentation(L.LightningModule):
             auxiliary=self.auxiliary,
         )
 
-    def check(self, device: torch.device) -> None:
-        """Raises UserError for what validation cannot do: it would tell an epoch later."""
+    def check(self, device: torch.device, *, normalised_together: int = 0) -> None:
+        """Raises UserError for what validation cannot do: it would tell an epoch later.
+
+        And where so many images as BatchNorm sees in training are too few; 0: not known.
+        """
+        if isinstance(self.head, UPerNetHead):
+            self.head.check_images(normalised_together)
         if known := self.inference.largest_pass():
             check_forward(self.backbone, *known, device)
         elif not self.backbone.any_size:

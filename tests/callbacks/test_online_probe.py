@@ -42,9 +42,9 @@ class Drawing(KNN):
         return super().measure(*of)
 
 
-def trainer(logged, *, epoch, epochs=5):
+def trainer(logged, *, epoch, epochs=5, steps=-1):
     return SimpleNamespace(
-        current_epoch=epoch, max_epochs=epochs, is_global_zero=True, global_step=7,
+        current_epoch=epoch, max_epochs=epochs, is_global_zero=True, global_step=7, max_steps=steps,
         precision_plugin=SimpleNamespace(forward_context=contextlib.nullcontext),
         loggers=[SimpleNamespace(log_metrics=lambda metrics, step: logged.append(metrics))],
     )  # fmt: skip
@@ -99,3 +99,6 @@ def test_it_looks_every_few_epochs_and_at_the_end(task, probe):
     for epoch in range(5):
         probe.on_train_epoch_end(trainer(logged, epoch=epoch), task)
     assert [metrics["epoch"] for metrics in logged] == [1, 3, 4]
+    for steps in (7, 9):  # the run ends with this epoch, after 7 steps, or goes on
+        probe.on_train_epoch_end(trainer(logged, epoch=6, epochs=-1, steps=steps), task)
+    assert [metrics["epoch"] for metrics in logged] == [1, 3, 4, 6]
