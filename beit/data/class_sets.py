@@ -50,17 +50,23 @@ def class_set(
         classes: the word for a known set (ade20k, camvid, voc, cityscapes), a text file with a name
             on each line, the names themselves, or their number (they are then "0", "1", ...).
         palette: a colour [red, green, blue] for each class, or "auto": those that the known set
-            has, of any other VOC's.
+            of these names has, of any other VOC's.
 
     Raises:
         UserError: no such set or file, no names, the same name twice, or a palette that is none.
     """
     if isinstance(classes, str) and classes in _KNOWN:
-        names, colours = _KNOWN[classes]
-        known = np.frombuffer(bytes.fromhex(colours), dtype=np.uint8).reshape(-1, 3)
-        return ClassSet(list(names), _palette(palette, known))
-    names = _names(classes)
-    return ClassSet(names, _palette(palette, voc_palette(len(names))))
+        names = list(_KNOWN[classes][0])
+    else:
+        names = _names(classes)
+    return ClassSet(names, _palette(palette, _usual_colours(names)))
+
+
+def _usual_colours(names: list[str]) -> np.ndarray:
+    for known, colours in _KNOWN.values():
+        if list(known) == names:
+            return np.frombuffer(bytes.fromhex(colours), dtype=np.uint8).reshape(-1, 3)
+    return voc_palette(len(names))
 
 
 def _names(classes: str | int | Sequence[str]) -> list[str]:

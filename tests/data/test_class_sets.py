@@ -54,6 +54,12 @@ def test_the_known_sets():
     assert dict(zip(names, palette.tolist()))["Road"] == [128, 64, 128]
 
 
+def test_the_names_of_a_known_set_bring_its_colours():
+    names, palette = class_set("ade20k")
+    assert np.array_equal(class_set(names)[1], palette)  # as of a converted file
+    assert np.array_equal(class_set([*names[:-1], "banner"])[1], voc_palette(150))
+
+
 def test_any_other_set(tmp_path):
     file = tmp_path / "names.txt"
     file.write_text("\ufeffpaper\nink blot\n\n", encoding="utf-8")
