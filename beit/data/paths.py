@@ -99,8 +99,8 @@ def _leads_back(path: str, root: Path) -> bool:
     return any(os.path.commonpath([target, real]) == target for real in passed)
 
 
-def existing_folder(root: str | Path) -> Path:
-    """The folder as a path. Raises UserError if there is none."""
+def existing_folder(root: str | Path, *, of: str = "images") -> Path:
+    """The folder as a path. Raises UserError if there is none, which says what it is to hold."""
     path = Path(root).expanduser()
     try:
         if path.is_dir():
@@ -108,7 +108,7 @@ def existing_folder(root: str | Path) -> Path:
         kind = "is a file, not a folder" if path.is_file() else "no such folder"
     except OSError as error:  # of a folder above it
         _refuse(error)
-    raise UserError(f"{printable(str(path))}: {kind}; give the folder that holds the images")
+    raise UserError(f"{printable(str(path))}: {kind}; give the folder that holds the {of}")
 
 
 def subfolders(root: Path) -> list[str]:

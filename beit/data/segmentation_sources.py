@@ -135,7 +135,7 @@ class FolderPairs(_PathPairs):
         image_suffix: str = "",
         label_suffix: str = "",
     ) -> None:
-        roots = existing_folder(images), existing_folder(annotations)
+        roots = existing_folder(images), existing_folder(annotations, of="label maps")
         pairs = paired(roots, image_suffix, label_suffix)
         super().__init__(ids, printable(f"{roots[0]} with {roots[1]}"), roots, pairs)
 
