@@ -207,6 +207,6 @@ def _panels(reports: dict[str, Report]) -> Iterator[tuple[str, Any]]:
     for title in reports["checkpoint"].series:
         lines: dict[str, Any] = {}
         for network, report in reports.items():
-            suffix = "" if len(reports) == 1 else f" ({network})"
+            suffix = "" if network == "checkpoint" else f" ({network})"
             lines |= {f"{name}{suffix}": line for name, line in report.series[title].items()}
         yield title, lines

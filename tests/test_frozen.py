@@ -13,13 +13,16 @@ from PIL import Image
 
 import beit
 from beit import cli
+from beit.callbacks.figures import curves
 from beit.data.labelled import LabelledData
 from beit.data.loading import LoaderSettings
 from beit.data.sources import Digits, few_labels
 from beit.data.views import EvalTransform
 from beit.errors import UserError
+from beit.evaluation.choosing import Report
 from beit.evaluation.features import Compute
 from beit.evaluation.linear_probe import LinearProbe
+from beit.frozen import _panels
 
 FEW = [
     "data=digits",
@@ -180,3 +183,16 @@ def test_a_single_class_is_nothing_to_tell_apart(runs: Path, tmp_path: Path) -> 
 def test_python_says_the_same(runs: Path) -> None:
     with pytest.raises(UserError, match="has layers 1 to 3"):
         beit.evaluate(last(runs, "pretrain"), *KNN, "evaluation.layers=[4]")
+
+
+def test_a_random_network_is_drawn_dashed_in_the_colour_of_the_checkpoint() -> None:
+    series = {"accuracy": {"cls": ([1.0, 2.0], [0.3, 0.4]), "mean": ([1.0, 2.0], [0.2, 0.5])}}
+    report = Report("probe", [], {}, series)
+    figure = curves(dict(_panels({"checkpoint": report, "random": report})), dashed=" (random)")
+    lines = {line.get_label(): line for line in figure.axes[0].get_lines()}
+    assert set(lines) == {"cls", "cls (random)", "mean", "mean (random)"}
+    for name in ("cls", "mean"):
+        solid, dashed = lines[name], lines[f"{name} (random)"]
+        assert (solid.get_linestyle(), dashed.get_linestyle()) == ("-", "--")
+        assert solid.get_color() == dashed.get_color()
+    assert lines["cls"].get_color() != lines["mean"].get_color()

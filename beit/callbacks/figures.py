@@ -104,7 +104,7 @@ def curves(
         panel.xaxis.set_major_locator(MaxNLocator(integer=True))
         panel.tick_params(labelsize=7)
         panel.grid(alpha=0.3)
-        panel.legend(fontsize=7)
+        panel.legend(fontsize=7, framealpha=0.6)
     return figure
 
 
