@@ -22,7 +22,7 @@ FILES = "gathered"  # .csv, .md and .png in the sweep's folder
 LEAST = "loss"  # of a metric whose name ends so the least is the best
 # what the Markdown table and the picture show unless they are told; the CSV has all
 SHOWN = ("acc1", "val_acc", "miou", "mim_acc", "loss")
-_PANELS = 6
+_PANELS, _ACROSS = 6, 3
 
 
 @dataclass
@@ -191,10 +191,14 @@ def _figure(table: Table) -> "Figure":
     names = table.metrics[:_PANELS]
     places = _places(table)
     height = 3.0 if places else 0.7 + 0.28 * len(table.rows)
-    figure = Figure(figsize=(4.2 * len(names), height), dpi=120, layout="constrained")
-    panels = figure.subplots(1, len(names), squeeze=False)[0]
+    across = min(_ACROSS, len(names))
+    down = math.ceil(len(names) / across)
+    figure = Figure(figsize=(4.2 * across, height * down), dpi=120, layout="constrained")
+    panels = figure.subplots(down, across, squeeze=False).flatten()
     for panel, name in zip(panels, names):
         _panel(panel, table, name, places)
+    for panel in panels[len(names) :]:
+        panel.set_axis_off()
     return figure
 
 

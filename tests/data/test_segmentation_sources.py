@@ -106,7 +106,9 @@ def test_names_that_differ_at_their_ends(tmp_path):
 
 def test_folder_mistakes_are_named(tmp_path):
     images, annotations = folders(tmp_path, count=7)
-    with pytest.raises(UserError, match="nowhere: no such folder; give the folder that holds the label maps"):
+    with pytest.raises(
+        UserError, match="nowhere: no such folder; give the folder that holds the label maps"
+    ):
         FolderPairs(images, tmp_path / "nowhere", ids=IDS)
     with pytest.raises(UserError, match=r"images: no images \*_x.EXTENSION found"):
         FolderPairs(images, annotations, ids=IDS, image_suffix="_x")

@@ -93,7 +93,9 @@ def test_sources_are_small_and_picklable(folder, make):
 
 
 def test_folder_mistakes_are_named(tmp_path, folder):
-    with pytest.raises(UserError, match="nowhere: no such folder; give the folder that holds the images"):
+    with pytest.raises(
+        UserError, match="nowhere: no such folder; give the folder that holds the images"
+    ):
         ClassFolder(tmp_path / "nowhere")
     with pytest.raises(UserError, match="is a file"):
         FlatFolder(save(tmp_path / "x.png"))
