@@ -12,7 +12,7 @@ import numpy as np
 
 from beit.data.limits import whole_number
 from beit.errors import UserError
-from beit.stages import quoted
+from beit.stages import word_of
 
 STUDY = "optuna.db"
 # number, words of the trial, whether one that failed is tried again -> its metric
@@ -56,7 +56,7 @@ def run(
         if not finished and trial.params.keys() != space.keys():
             study.tell(number, state=optuna.trial.TrialState.FAIL)  # killed while it was drawn
             continue
-        words = [f"{key}={_word(value)}" for key, value in trial.params.items()]
+        words = [f"{key}={word_of(value)}" for key, value in trial.params.items()]
         value = attempt(number, words, not finished)
         if not finished and not stopped():
             failed = None if value is not None else optuna.trial.TrialState.FAIL
@@ -113,10 +113,6 @@ def _distribution(optuna: Any, key: str, node: Any) -> Any:
             f"sweep.search.space.{key}={node}: expected {{low, high}} with log: true or a step, or "
             f"{{choices: [...]}} ({error})"
         ) from error
-
-
-def _word(value: Any) -> str:
-    return quoted(value) if isinstance(value, str) else str(value)
 
 
 def _seed(seed: int, number: int) -> int:

@@ -1,6 +1,5 @@
 """What a sweep runs beside its members: recipes before them, recipes and evaluations after each."""
 
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +12,8 @@ _SHARED = ("data", "loader", "trainer", "logger", "job")
 _SHARED_PATHS = ("paths.data_dir", "paths.runs_dir")
 _READING = ("num_workers", "prefetch_factor", "timeout_seconds", "max_image_pixels", "check_images")
 _OF_EVALUATION = ("data", "trainer", "paths.data_dir", *(f"loader.{key}" for key in _READING))
+# what Hydra reads as null, a truth value or a number
+_NO_TEXT = re.compile(r"null|true|false|[+-]?(inf|nan|[\d_.]+(e[+-]?\d+)?)", re.IGNORECASE)
 ONE_DEVICE = ("trainer.devices=1", "trainer.num_nodes=1", "trainer.strategy=auto")
 
 
@@ -48,7 +49,7 @@ def after(plan: Mapping[str, Any], typed: Iterable[str], folder: Path, *, seed: 
         words = [f"checkpoint={weights}", f"evaluation={name}", f"seed={seed}"]
         words += [word for word in shared if _is_of(word, _OF_EVALUATION)]
         words += ONE_DEVICE  # however many the member is trained on
-        words += [f"{key}={_word(value)}" for key, value in (settings or {}).items()]
+        words += [f"{key}={word_of(value)}" for key, value in (settings or {}).items()]
         words += [f"output={place}", "overwrite=true"]
         stages.append(Stage(name, "evaluate", words, place))
     return stages
@@ -57,22 +58,24 @@ def after(plan: Mapping[str, Any], typed: Iterable[str], folder: Path, *, seed: 
 def quoted(value: str | Path) -> str:
     """A text as Hydra reads it in a word, whatever is in it."""
     text = str(value)
-    if re.fullmatch(r"[\w./-]+", text) and "/" in text:  # without one it may be null, or a number
+    if re.fullmatch(r"[\w./-]+", text) and not _NO_TEXT.fullmatch(text):
         return text
     # a backslash says something only in front of a quote
     escaped = re.sub(r"(\\*)('|$)", lambda m: 2 * m[1] + ("\\'" if m[2] else ""), text)
     return f"'{escaped}'"
 
 
-def _word(value: Any) -> str:
+def word_of(value: Any) -> str:
     """A value of a config as Hydra reads it in a word: null, true, [1,2], {a:1}, 'a, b'."""
     if isinstance(value, str):
         return quoted(value)
     if isinstance(value, Mapping):
-        return "{" + ",".join(f"{key}:{_word(one)}" for key, one in value.items()) + "}"
+        return "{" + ",".join(f"{key}:{word_of(one)}" for key, one in value.items()) + "}"
     if isinstance(value, Sequence):
-        return "[" + ",".join(_word(one) for one in value) + "]"
-    return json.dumps(value)
+        return "[" + ",".join(word_of(one) for one in value) + "]"
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return str(value)
 
 
 def _shared(typed: Iterable[str]) -> list[str]:

@@ -53,6 +53,19 @@ def test_a_search_that_was_cut_goes_on_as_if_it_had_not(tmp_path: Path) -> None:
     assert best == min(values)
 
 
+def test_choices_reach_a_trial_as_they_are(tmp_path: Path) -> None:
+    pytest.importorskip("optuna")
+    tries = Tries()
+    settings = SETTINGS | {"space": {"b": {"choices": [None, True, 2, "2"]}}, "trials": 25}
+    search.run(
+        settings,
+        tmp_path,
+        lambda n, words, again: tries.seen.update({n: words}),
+        stopped=tries.stopped,
+    )
+    assert {words[0] for words in tries.seen.values()} == {"b=null", "b=true", "b=2", "b='2'"}
+
+
 def test_a_trial_that_was_killed_as_it_was_drawn_has_failed(tmp_path: Path) -> None:
     optuna = pytest.importorskip("optuna")
     whole, tries = Tries(), Tries()

@@ -63,7 +63,9 @@ def test_the_words_of_each_stage() -> None:
 
 
 @pytest.mark.parametrize(
-    "value", [None, True, 5, 1e-5, "a, b", "null", [1, "x y"], {"a": {"b": [None, False]}}, "", []]
+    "value",
+    [None, True, 5, 1e-5, "a, b", [1, "x y"], {"a": {"b": [None, False]}}, "", []]
+    + ["null", "True", "5", "-1.5", "1e-5", "1_0", "Inf", "nan", "x1", "1x", "e5", "a/5"],
 )
 def test_settings_of_an_evaluation_are_read_by_hydra_as_themselves(value: Any) -> None:
     plan = PLAN | {"after": [], "evaluations": {"knn": {"key": value}}}
