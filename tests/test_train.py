@@ -8,12 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 import beit
 from beit import cli
 from beit.checkpoints.file import read_file
 from beit.checkpoints.models import read_checkpoint
+from beit.data.sources import Digits
+from beit.data.views import EvalTransform
 from beit.errors import UserError
 
 Words = dict[str, list[str]]
@@ -100,6 +103,22 @@ def test_init_from_carries_the_backbone_over(
 def test_evaluate_repeats_the_runs_own_validation(runs: Path) -> None:
     metrics = beit.evaluate(last(runs / "finetune"))
     assert metrics["val/loss"] == pytest.approx(column(runs / "finetune", "val/loss")[-1], rel=1e-5)
+
+
+def test_evaluate_takes_images_of_another_size(runs: Path) -> None:
+    """As the network itself does with `any_size`, which resizes its tables at each size it sees."""
+    checkpoint = last(runs / "finetune")
+    metrics = beit.evaluate(checkpoint, "model.image_size=48", "trainer.limit_val_batches=null")
+    network = beit.load_model(checkpoint)
+    network.backbone.any_size = True
+    view = EvalTransform(image_size=48, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+    source = Digits("test")
+    images = torch.stack([view(source.load(index)[0]) for index in range(len(source))])
+    with torch.no_grad():
+        loss = F.cross_entropy(network(images), torch.from_numpy(source.labels))
+    assert metrics["val/loss"] == pytest.approx(loss.item(), rel=1e-4)
+    with pytest.raises(UserError, match="use weights of the same width"):
+        beit.evaluate(checkpoint, "model.image_size=48", "model.width=32")
 
 
 def test_evaluate_takes_other_data_and_another_trainer(runs: Path) -> None:

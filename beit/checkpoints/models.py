@@ -1,6 +1,7 @@
 """Checkpoints as far as models are concerned: what they hold, and how weights pass on."""
 
 import functools
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,10 @@ from beit.errors import UserError
 from beit.files import local_path
 from beit.interop.fields import Fields
 from beit.models.transfer import TransferReport, adapt_backbone
+from beit.models.vit import VisionTransformer
 from beit.sizes import patch_grid
+
+log = logging.getLogger(__name__)
 
 _WEIGHTS = "state_dict"
 
@@ -100,8 +104,18 @@ def as_checkpoint(file: CheckpointFile) -> Checkpoint:
 
 
 def load_part(module: nn.Module, checkpoint: Checkpoint, prefix: str) -> None:
-    """Load one child strictly: a missing, unexpected or ill-shaped tensor is a UserError."""
+    """Load one child strictly: a missing, unexpected or ill-shaped tensor is a UserError.
+
+    The positions of a backbone for images of another size are resized to its grid.
+    """
     tensors = checkpoint.part(prefix)
+    if isinstance(module, VisionTransformer):
+        grid = _grid_of(checkpoint)
+        if grid not in (None, module.grid):
+            resized, report = adapt_backbone(tensors, module, source_grid=grid)
+            tensors |= resized
+            told = *grid, *module.grid, len(report.resized)
+            log.info("positions resized from %dx%d to %dx%d patches (%d tensors)", *told)
     expected = module.state_dict()
     missing = sorted(set(expected) - set(tensors))
     unexpected = sorted(set(tensors) - set(expected))
