@@ -12,8 +12,8 @@ from beit.errors import UserError
 from beit.memory import free_memory
 from beit.nearest import did_you_mean
 
-# nodes without a `_target_`, and the keys in them that tasks read
 _IMAGES = ("train", "val", "num_classes", "name", "repo", "classes")
+# nodes without a `_target_`, and the keys in them that tasks read
 GROUPS = {
     "data": _IMAGES,
     "labelled": _IMAGES,
