@@ -31,6 +31,13 @@ OBJECTS_BELOW = {
     "views": ("train", "eval"),
     "head": ("main",),
 }
+# keys of the root that a task's config refers to, or that would do nothing
+READ_BY = {
+    "views_per_image": "task=mim",
+    "token_cache": "task=mim",
+    "labels_per_class": "task=classification and task=linear_probe",
+    "labelled_images": "task=segmentation",
+}
 COLLECTIONS = ("callbacks", "logger")  # objects under names of the user's choice
 
 LEAST = {
@@ -56,6 +63,15 @@ def check_missing(missing: list[str]) -> None:
     if missing:
         keys = f"{', '.join(missing[:-1])} and {missing[-1]}"
         raise UserError(f"{keys} have no value: give them, as in {missing[0]}=VALUE")
+
+
+def check_read(config: dict[str, Any], defaults: Any) -> None:
+    """Raises UserError for a key of another task, which nothing here would read."""
+    read = set(re.findall(r"\$\{(\w+)", str(config)))
+    for key, tasks in READ_BY.items():
+        if key not in read and config[key] != getattr(defaults, key):
+            name = config["task_name"]
+            raise UserError(f"{key}={config[key]} is of {tasks} alone, and this is {name}")
 
 
 def check_groups(config: dict[str, Any]) -> None:

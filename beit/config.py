@@ -210,9 +210,8 @@ def check(cfg: DictConfig) -> None:
             f"resume={cfg.resume} and init_from={cfg.init_from} exclude each other: resume goes "
             "on with the same run, init_from starts a new run from those weights"
         )
+    checks.check_read(content, TrainConfig())
     for key in ("views_per_image", "token_cache"):
-        if cfg[key] is not None and cfg.task_name != "mim":
-            raise UserError(f"{key}={cfg[key]} is of task=mim alone, and this is {cfg.task_name}")
         if cfg[key] is not None and not uses_tokenizer(cfg):
             raise UserError(f"{key}={cfg[key]} is of target=tokens alone: pixels are not kept")
     checks.check_seed(cfg.seed)

@@ -60,7 +60,8 @@ class TrainConfig:
     task_name: str = MISSING  # one word, set by the task
     name: str = MISSING  # of the run; its folder under paths.runs_dir
     seed: int = 0
-    labels_per_class: Any = "all"  # train on this many labelled images of each class
+    labels_per_class: Any = "all"  # classification: on this many labelled images of each class
+    labelled_images: Any = "all"  # segmentation: on this many images with label maps
     views_per_image: int | None = None  # pretraining: so many crops of each, again and again
     token_cache: str | None = None  # pretraining: the folder that keeps those views' tokens
     resume: str | None = None  # the same run goes on: a checkpoint, or 'auto'

@@ -1,11 +1,14 @@
 """The checks across fields, and the arithmetic of the global batch."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from omegaconf import OmegaConf
 
-from beit import config
+from beit import checks, config
 from beit.errors import UserError
+from beit.schema import TrainConfig
 
 
 @pytest.mark.parametrize(
@@ -87,6 +90,30 @@ def test_what_has_no_value_is_named() -> None:
 def test_a_run_without_an_end_is_refused() -> None:
     with pytest.raises(UserError, match=r"max_epochs and trainer\.max_steps"):
         config.check(config.compose([*DEMO, *SIZES, "trainer.max_epochs=-1"]))
+
+
+@pytest.mark.parametrize(
+    ("task", "word", "home"),
+    [
+        ("classification", "labelled_images=3", "segmentation"),
+        ("classification", "views_per_image=3", "mim"),
+        ("classification", "token_cache=folder", "mim"),
+        ("mim tokenizer=dvae_tiny", "labels_per_class=3", "classification"),
+    ],
+)
+def test_a_word_of_another_task_is_refused(task: str, word: str, home: str) -> None:
+    words = [*DEMO[1:], *SIZES, *f"task={task}".split(), word]
+    name, _, _ = task.partition(" ")
+    with pytest.raises(UserError, match=rf"{word} is of task={home}.*alone, and this is {name}"):
+        config.check(config.compose(words))
+
+
+def test_a_task_of_the_users_own_may_read_any_word() -> None:
+    words = [*DEMO, *SIZES, "labelled_images=3"]
+    for given, refused in (([], True), (["datamodule.train.per_class=${labelled_images}"], False)):
+        content = OmegaConf.to_container(config.compose([*words, *given]), resolve=False)
+        with pytest.raises(UserError) if refused else nullcontext():
+            checks.check_read(content, TrainConfig())
 
 
 def test_resume_and_init_from_exclude_each_other() -> None:

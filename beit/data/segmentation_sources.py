@@ -19,6 +19,7 @@ from beit.data.label_maps import LabelIds, LabelMap, check_sizes, read_label_map
 from beit.data.library_sources import construct
 from beit.data.pairing import paired, told_missing
 from beit.data.paths import PathTable, existing_folder
+from beit.data.sources import Subset
 from beit.data.table_sources import HubSource, ParquetSource
 from beit.errors import UserError
 from beit.nearest import did_you_mean
@@ -260,3 +261,39 @@ class HubPairs(_TablePairs):
             for column in (image_column, label_column)
         )
         super().__init__(ids, images, maps)
+
+
+class PairsSubset(Subset):
+    """So many pairs of a source, drawn once from `seed`; fewer with the same seed begin the same.
+
+    Raises:
+        UserError: `count` is below 1, or the source has fewer.
+    """
+
+    source: SegmentationSource
+
+    def __init__(self, source: SegmentationSource, *, count: int, seed: int) -> None:
+        super().__init__(source, count=count, seed=seed)
+        self.ids = source.ids
+
+    def load(self, index: int) -> tuple[Image.Image, LabelMap]:
+        return self.source.load(int(self.indices[index]))
+
+    def label_map(self, index: int) -> LabelMap:
+        return self.source.label_map(int(self.indices[index]))
+
+
+def few_pairs(source: SegmentationSource, *, images: int | str, seed: int) -> SegmentationSource:
+    """The same `images` images with their label maps for the same seed, or "all" there are.
+
+    Raises:
+        UserError: `images` is neither a number from 1 to as many as there are, nor "all".
+    """
+    if images == "all":
+        return source
+    if not isinstance(images, int) or isinstance(images, bool) or not 1 <= images <= len(source):
+        raise UserError(
+            f"labelled_images {images}: expected a number from 1 to {len(source)}, which is how "
+            "many there are, or all"
+        )
+    return PairsSubset(source, count=images, seed=seed)

@@ -28,7 +28,13 @@ ROOMS: tuple[str, ...] = (
 )
 ROOMS += ("beit.loggers.", "beit.tokenizers.", "beit.job.settings.", "beit.checkpoints.keeper.")
 CLOSED = ("beit.tokenizers.pickles.",)  # rooms within those that are not for configs
-FUNCTIONS = frozenset({"beit.data.sources.few_labels", "beit.tokenizers.dvae.load_dvae"})
+FUNCTIONS = frozenset(
+    {
+        "beit.data.sources.few_labels",
+        "beit.data.segmentation_sources.few_pairs",
+        "beit.tokenizers.dvae.load_dvae",
+    }
+)
 # what a checkpoint's config may build when its network, or its transform, alone is asked for
 NETWORKS = (
     *("beit.evaluation.", "beit.models.", "beit.optim.", "beit.tasks.", "beit.tokenizers."),

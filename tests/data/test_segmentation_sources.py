@@ -9,7 +9,14 @@ from PIL import Image
 from beit.data import fingerprint
 from beit.data.images import UnreadableImage
 from beit.data.label_maps import LabelIds
-from beit.data.segmentation_sources import FolderPairs, HubPairs, ParquetPairs, TorchvisionPairs
+from beit.data.segmentation_sources import (
+    FolderPairs,
+    HubPairs,
+    PairsSubset,
+    ParquetPairs,
+    TorchvisionPairs,
+    few_pairs,
+)
 from beit.errors import UserError
 
 IDS = LabelIds(["paper", "ink", "blot"])
@@ -298,3 +305,29 @@ def test_many_paths_take_little_memory(tmp_path):
     pickle.dump(FolderPairs(images, annotations, ids=LabelIds(3)), buffer)
     # the table of 65,536 values, and some bytes for each path
     assert len(buffer.getvalue()) < 140_000
+
+
+def test_a_part_of_the_pairs(tmp_path):
+    source = FolderPairs(*folders(tmp_path, count=9), ids=IDS)
+    assert few_pairs(source, images="all", seed=0) is source
+    part = few_pairs(source, images=4, seed=1)
+    check(part, 4)
+    assert part.ids is source.ids
+    drawn = [part.name(index) for index in range(4)]
+    assert len(set(drawn)) == 4
+    assert drawn != [source.name(index) for index in range(4)]
+    assert drawn[:3] == [few_pairs(source, images=3, seed=1).name(index) for index in range(3)]
+    others = [few_pairs(source, images=4, seed=seed) for seed in (2, 3)]
+    assert len({tuple(one.name(i) for i in range(4)) for one in (part, *others)}) == 3
+    assert fingerprint.of_source(part) != fingerprint.of_source(others[0])
+    assert fingerprint.of_source(part) == fingerprint.of_source(
+        PairsSubset(source, count=4, seed=1)
+    )
+
+
+@pytest.mark.parametrize("images", [0, 10, -1, True, 2.5, "ten", None])
+def test_a_part_that_cannot_be_had(tmp_path, images):
+    source = FolderPairs(*folders(tmp_path, count=9), ids=IDS)
+    expected = rf"labelled_images {images}: expected a number from 1 to 9, .* or all"
+    with pytest.raises(UserError, match=expected):
+        few_pairs(source, images=images, seed=0)
