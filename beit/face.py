@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from beit import config, frozen, runner
+from beit import config, frozen, networks, runner
 from beit.console import log_to_console
 from beit.errors import UserError
 from beit.explain import explained
@@ -97,7 +97,7 @@ def load_model(checkpoint: str | Path) -> nn.Module:
     release, timm and Hugging Face; what became of their tensors is told on stderr.
     """
     log_to_console()
-    return runner.load_model(checkpoint)
+    return networks.load_model(checkpoint)
 
 
 def convert(

@@ -14,7 +14,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from beit import __version__, config, runner
+from beit import __version__, config
 from beit.callbacks.figures import curves, save_figure
 from beit.checkpoints.models import Checkpoint
 from beit.console import quiet_lightning
@@ -28,6 +28,7 @@ from beit.files import explained, replace_text
 from beit.interop import ours
 from beit.interop.convert import any_checkpoint
 from beit.models.vit import VisionTransformer
+from beit.networks import network_of
 from beit.security import folders, targets
 
 log = logging.getLogger(__name__)
@@ -53,7 +54,7 @@ def evaluate(
     cfg = config.compose(words, config_name=CONFIG)
     folders.check_downloads(cfg, words)
     checkpoint = any_checkpoint(path, tell="remarks")
-    network = runner.network_of(checkpoint)
+    network = network_of(checkpoint)
     backbone = _backbone(network, checkpoint)
     _fill(cfg, checkpoint, backbone)
     config.check_missing(cfg)
@@ -71,7 +72,7 @@ def evaluate(
     if cfg.compare_random:
         with torch.random.fork_rng():
             torch.manual_seed(cfg.seed)
-            fresh = runner.network_of(checkpoint, weights=False)
+            fresh = network_of(checkpoint, weights=False)
         networks["random"] = fresh.to(compute.device)
     reports = {
         name: _told(evaluation(one.eval(), data, compute), name) for name, one in networks.items()

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from beit import config, runner
+from beit import config, networks
 from beit.checkpoints.models import Checkpoint
 from beit.data.file_sources import find_images, open_image
 from beit.data.images import UnreadableImage
@@ -94,7 +94,7 @@ class ImageClassifier:
         """Rebuild the classifier of a fine-tuning run."""
         checkpoint = any_checkpoint(path, tell="nothing")
         transform = transform_of(checkpoint)
-        return cls(runner.load_model(path), transform, checkpoint.classes)
+        return cls(networks.load_model(path), transform, checkpoint.classes)
 
     def predict(
         self,

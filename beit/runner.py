@@ -21,7 +21,7 @@ from beit.callbacks.randomness import KeyedRandomness
 from beit.checkpoints import resume
 from beit.checkpoints.elastic import respread
 from beit.checkpoints.keeper import CheckpointKeeper
-from beit.checkpoints.models import Checkpoint, initialise, load_part
+from beit.checkpoints.models import initialise
 from beit.checkpoints.plugin import CheckpointFiles
 from beit.checkpoints.record import RunRecord
 from beit.console import RunLog, only_warnings, quiet_lightning
@@ -36,9 +36,9 @@ from beit.job.ranks import RankWatch
 from beit.job.stopping import Stopping
 from beit.loggers.guarded import GuardedLogger, RewindLoggers
 from beit.memory import keep_freed_memory
+from beit.networks import load_children
 from beit.preflight import quick
 from beit.recorded import composed
-from beit.security import targets
 from beit.tasks.planning import plan
 
 log = logging.getLogger(__name__)
@@ -226,7 +226,7 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     data = config.instantiate(cfg.datamodule)
     data.check(world_size=world_size, accumulate=1, stage="validate")
     task = config.instantiate(cfg.task)
-    _load_children(task, checkpoint)
+    load_children(task, checkpoint)
     trainer = config.instantiate(cfg.trainer, logger=False, enable_checkpointing=False)
     metrics = trainer.validate(task, datamodule=data, verbose=False)
     found: dict[str, Any] = {key: float(value) for key, value in metrics[0].items()}
@@ -263,35 +263,6 @@ def tokenize(cfg: DictConfig) -> dict[str, int]:
             *(cfg.token_cache, views, seconds, views / seconds, counts["unreadable"]),
         )
     return counts
-
-
-def load_model(path: str | Path) -> torch.nn.Module:
-    """The network of a checkpoint, rebuilt from the file alone, in eval mode on the CPU.
-
-    A whole task (backbone and head) where there is a backbone, else the tokenizer. Files of other
-    libraries are read as checkpoints of the task that they are of.
-    """
-    task = network_of(any_checkpoint(path))
-    network = task if hasattr(task, "backbone") else task.tokenizer
-    return network.eval()
-
-
-def network_of(checkpoint: Checkpoint, *, weights: bool = True) -> Any:
-    """The task of a checkpoint, rebuilt from its config; without `weights` as a run begins it.
-
-    Those are drawn from torch's generator.
-    """
-    targets.check_only(checkpoint.config.get("task"), targets.NETWORKS, "network")
-    task = config.instantiate(checkpoint.config["task"])
-    if weights:
-        _load_children(task, checkpoint)
-    return task
-
-
-def _load_children(task: L.LightningModule, checkpoint: Checkpoint) -> None:
-    for name, child in task.named_children():
-        if child.state_dict():
-            load_part(child, checkpoint, name)
 
 
 def _announce(cfg: DictConfig, task: L.LightningModule, world_size: int) -> None:

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from beit import config, runner
+from beit import config, networks
 from beit.checkpoints.models import Checkpoint
 from beit.data.class_sets import checked_colours, voc_palette
 from beit.data.file_sources import find_images, open_image
@@ -75,7 +75,7 @@ class ImageSegmenter:
         """
         checkpoint = any_checkpoint(path, tell="nothing")
         transform = transform_of(checkpoint)
-        model: Any = runner.load_model(path)
+        model: Any = networks.load_model(path)
         if changes:
             cfg = from_checkpoint(path, _checked(changes))
             model.inference = config.instantiate(cfg.inference)

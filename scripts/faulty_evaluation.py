@@ -135,7 +135,7 @@ FROZEN = (
         "the random network has the checkpoint's weights",
         "frozen",
         "test_frozen",
-        ("runner.network_of(checkpoint, weights=False)", "runner.network_of(checkpoint)"),
+        ("network_of(checkpoint, weights=False)", "network_of(checkpoint)"),
     ),
     mutation(
         "images normalised by other numbers than the checkpoint's",

@@ -7,6 +7,7 @@ from typing import Any
 import lightning as L
 
 from beit.callbacks.pictures import undisturbed
+from beit.checkpoints.loops import ends_plan
 from beit.data.labelled import LabelledData
 from beit.data.loading import LoaderSettings
 from beit.errors import UserError
@@ -108,8 +109,9 @@ class OnlineProbe(L.Callback):
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         epoch = trainer.current_epoch + 1
-        last = epoch == trainer.max_epochs or trainer.global_step == trainer.max_steps
-        if (last or epoch % self.every_n_epochs == 0) and trainer.is_global_zero:
+        # not at a stop from outside: it is told to end soon
+        due = epoch % self.every_n_epochs == 0 or ends_plan(trainer)
+        if due and trainer.is_global_zero:
             self._guard(self._probe, trainer, pl_module)
 
     def _probe(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -35,13 +35,17 @@ def ends_epoch(trainer: L.Trainer) -> bool:
     return progress.is_last_batch or progress.current.ready >= trainer.num_training_batches
 
 
-def ends_run(trainer: L.Trainer) -> bool:
-    """Whether the training ends with the epoch that is being ended; for `on_train_epoch_end`."""
+def ends_plan(trainer: L.Trainer) -> bool:
+    """Whether no step is left after the epoch that is being ended; for `on_train_epoch_end`."""
     # not `fit_loop.done`, which changes the counters
     epochs = trainer.fit_loop.epoch_progress.current.processed
     of_epochs = trainer.max_epochs not in (-1, None) and epochs >= trainer.max_epochs
-    of_steps = trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps
-    return of_epochs or of_steps or trainer.should_stop
+    return of_epochs or (trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps)
+
+
+def ends_run(trainer: L.Trainer) -> bool:
+    """The same, or the training is told to stop there."""
+    return ends_plan(trainer) or trainer.should_stop
 
 
 def settle(checkpoint: dict[str, Any], trainer: L.Trainer, *, validated: bool) -> None:

@@ -43,8 +43,10 @@ class Drawing(KNN):
 
 
 def trainer(logged, *, epoch, epochs=5, steps=-1):
+    progress = SimpleNamespace(current=SimpleNamespace(processed=epoch + 1))
     return SimpleNamespace(
-        current_epoch=epoch, max_epochs=epochs, is_global_zero=True, global_step=7, max_steps=steps,
+        fit_loop=SimpleNamespace(epoch_progress=progress), should_stop=False, current_epoch=epoch,
+        max_epochs=epochs, is_global_zero=True, global_step=7, max_steps=steps,
         precision_plugin=SimpleNamespace(forward_context=contextlib.nullcontext),
         loggers=[SimpleNamespace(log_metrics=lambda metrics, step: logged.append(metrics))],
     )  # fmt: skip
