@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import beit
 from beit import cli
@@ -43,7 +44,7 @@ WORDS = [
     "trainer.max_epochs=3",
     "trainer.log_every_n_steps=1",
     "trainer.precision=32-true",
-    "logger=csv",
+    "logger=default",
 ]
 
 
@@ -95,6 +96,16 @@ def test_the_run_folder_has_scores_and_pictures(run: Path) -> None:
     assert (run / "checkpoints" / "best.safetensors").exists()
     log = (run / "train.log").read_text()
     assert "SlidingWindow(window=(32, 32), stride=(21, 21)" in log
+
+
+def test_tensorboard_has_its_pictures_and_tables(run: Path) -> None:
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    for name in ("segmentation", "class_iou"):
+        assert [event.step for event in events.Images(name)] == [2, 4, 6], name
+    tables = events.Tensors("classes/text_summary")
+    assert [event.step for event in tables] == [2, 4, 6]
+    assert all(name in tables[-1].tensor_proto.string_val[0].decode() for name in CLASSES)
 
 
 def test_evaluate_repeats_the_runs_validation_with_each_class(run: Path) -> None:

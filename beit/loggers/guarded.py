@@ -106,9 +106,11 @@ def log_picture(logger: Logger, name: str, pixels: np.ndarray, step: int) -> Non
 
 
 def log_table(logger: Logger, name: str, rows: list[dict[str, Any]], step: int) -> None:
-    """Rows with the same keys to TensorBoard, as text, and W&B; other loggers take none."""
+    """Rows with the same keys to TensorBoard, as text, and W&B; guarded or not, as a picture."""
     columns = list(rows[0])
-    if isinstance(logger, TensorBoardLogger):
+    if isinstance(logger, GuardedLogger):
+        logger.log_table(name, rows, step)
+    elif isinstance(logger, TensorBoardLogger):
         cells = [["" if row[key] is None else str(row[key]) for key in columns] for row in rows]
         logger.experiment.add_text(name, table_of(columns, cells), step)
     elif isinstance(logger, WandbLogger):

@@ -185,9 +185,10 @@ def test_tensorboard_leaves_out_the_steps_that_are_done_again(tmp_path):
 ROWS = [{"class": "sky", "iou": 0.5}, {"class": "a|b", "iou": None}]
 
 
-def test_tensorboard_shows_a_table_as_text(tmp_path):
+@pytest.mark.parametrize("wrap", [GuardedLogger, lambda logger: logger])
+def test_tensorboard_shows_a_table_as_text(tmp_path, wrap):
     logger = TensorBoardLogger(tmp_path, name="", version="tb")
-    GuardedLogger(logger).log_table("classes", ROWS, 7)
+    log_table(wrap(logger), "classes", ROWS, 7)
     logger.experiment.flush()
     events = EventAccumulator(str(tmp_path / "tb"))
     events.Reload()
