@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from hydra.errors import HydraException, MissingConfigException
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from beit import config
@@ -20,6 +21,11 @@ def explained(overrides: list[str], *, config_name: str = "train") -> Iterator[N
         yield
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(explain(error, overrides, config_name)) from error
+    except UserError as error:
+        # what OmegaConf says of sweep.metric=... where there is no sweep
+        if "NoneType" in str(error) and (told := _below_nothing(overrides, config_name)):
+            raise UserError(told) from error
+        raise
 
 
 def explain(error: Exception, overrides: list[str], config_name: str = "train") -> str:
@@ -33,7 +39,8 @@ def explain(error: Exception, overrides: list[str], config_name: str = "train") 
         r"Key '([^']+)' is not in struct", str(error)
     )
     if unknown:
-        return _unknown_key(unknown.group(1), overrides, config_name)
+        told = _below_nothing(overrides, config_name)
+        return told or _unknown_key(unknown.group(1), overrides, config_name)
     keep = []
     for line in str(error).splitlines():
         if line.startswith(("Config search path", "Set the environment variable")):
@@ -66,6 +73,22 @@ def _missing_choice(error: MissingConfigException) -> str:
         group, _, rest = str(error.missing_cfg_file).partition("/")
         options, choice = choices(group), rest
     return f"{group}={choice} does not exist: {did_you_mean(choice, options)}"
+
+
+def _below_nothing(overrides: list[str], config_name: str) -> str:
+    """Of a word that changes a group which this config leaves out; empty where none does."""
+    keys = {word: word.lstrip("+~").partition("=")[0] for word in overrides}
+    groups = [word for word, key in keys.items() if "." not in key and not word.startswith("-")]
+    try:
+        cfg = config.compose(groups, config_name=config_name)
+    except (HydraException, OmegaConfBaseException, UserError):
+        return ""
+    for key in keys.values():
+        group, below, _ = key.partition(".")
+        if below and group in cfg and not OmegaConf.is_missing(cfg, group) and cfg[group] is None:
+            if some := choices(group):
+                return f"{key}: this config has no {group}: choose {group}={' or '.join(some)}"
+    return ""
 
 
 def _unknown_key(key: str, overrides: list[str], config_name: str) -> str:

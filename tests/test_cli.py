@@ -117,6 +117,8 @@ SCRATCH, TOKENIZER = "experiment=demo/scratch", "experiment=demo/tokenizer"
         (SCRATCH, "optim.lr=-1", "optim: lr -1 must be positive"),
         (SCRATCH, "normalize.std=[0,1,1]", "normalize.std=[0, 1, 1]: expected three positive"),
         (SCRATCH, "views.train.auto_augment=foo", "views.train"),
+        (SCRATCH, "tokenizer.path=x", "tokenizer.path: this config has no tokenizer: choose"),
+        (SCRATCH, "sweep.metric=x", "this config has no sweep: choose sweep=finetune_lr or "),
         (SCRATCH, "+data.trian=1", "data.trian is not a key of a training config: did you mean d"),
         (SCRATCH, "data.train=null", "data.train=null: expected a node"),
         (SCRATCH, "data.num_classes=abc", "abc"),
