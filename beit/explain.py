@@ -85,9 +85,9 @@ def _below_nothing(overrides: list[str], config_name: str) -> str:
         return ""
     for key in keys.values():
         group, below, _ = key.partition(".")
-        if below and group in cfg and not OmegaConf.is_missing(cfg, group) and cfg[group] is None:
-            if some := choices(group):
-                return f"{key}: this config has no {group}: choose {group}={' or '.join(some)}"
+        known = below and group in cfg and not OmegaConf.is_missing(cfg, group)
+        if known and cfg[group] is None and (some := choices(group)):
+            return f"{key}: this config has no {group}: choose {group}={' or '.join(some)}"
     return ""
 
 
