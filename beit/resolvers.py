@@ -1,9 +1,11 @@
 """What `${name:...}` means in a config: sizes that follow from others, numbers of a checkpoint."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+from omegaconf import ListConfig
 
 from beit.errors import UserError
 from beit.sizes import height_width, patch_grid
@@ -44,10 +46,17 @@ def _checkpoint_value(path: str, key: str) -> int:
     return value
 
 
+def _listed(function: Callable[..., Sequence[int]]) -> Callable[..., ListConfig]:
+    """As a node: `--cfg job --resolve` puts what a resolver gives into the config, and no list."""
+    return lambda *arguments: ListConfig(list(function(*arguments)))
+
+
 RESOLVERS: dict[str, Callable[..., Any]] = {
-    "grid": lambda image, patch: list(patch_grid(image, patch)),
-    "token_size": lambda image, patch, stride: [side * stride for side in patch_grid(image, patch)],
-    "window_stride": lambda window: [side * 2 // 3 for side in height_width(window)],
-    "tapped_blocks": tapped_blocks,
+    "grid": _listed(patch_grid),
+    "token_size": _listed(
+        lambda image, patch, stride: [side * stride for side in patch_grid(image, patch)]
+    ),
+    "window_stride": _listed(lambda window: [side * 2 // 3 for side in height_width(window)]),
+    "tapped_blocks": _listed(tapped_blocks),
     "checkpoint_value": _checkpoint_value,
 }

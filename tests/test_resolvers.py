@@ -1,6 +1,7 @@
 """What config keys become where a config asks for it."""
 
 import pytest
+from omegaconf import OmegaConf
 
 from beit import config
 
@@ -19,3 +20,22 @@ def test_a_shallow_network_has_four_taps_too() -> None:
     words = ["task=segmentation", "data=ade20k", "head=linear", "model=micro", "pyramid=plain"]
     for depth, taps in {1: [0, 0, 0, 0], 3: [0, 1, 1, 2], 4: [0, 1, 2, 3]}.items():
         assert config.compose([*words, f"model.depth={depth}"]).pyramid.taps == taps
+
+
+@pytest.mark.parametrize(
+    ("recipe", "key", "expected"),
+    [
+        ("camvid/scratch", "inference.stride", [149, 149]),
+        ("segmentation/setr_pup_base", "pyramid.taps", [3, 5, 7, 11]),
+        ("pretrain/base_800ep", "masking.grid", [14, 14]),
+        ("pretrain/base_800ep", "views.token_image_size", [112, 112]),
+    ],
+)
+def test_a_config_can_be_resolved_in_place(recipe: str, key: str, expected: list[int]) -> None:
+    words = [f"experiment={recipe}", "paths.data_dir=x", "init_from=null"]
+    cfg = config.compose(words)
+    OmegaConf.resolve(cfg)
+    assert OmegaConf.to_container(cfg) == OmegaConf.to_container(
+        config.compose(words), resolve=True
+    )
+    assert OmegaConf.select(cfg, key) == expected

@@ -227,13 +227,14 @@ def _name(tokenizer: Tokenizer) -> str:
 
 
 def _size_warning(tokenizer: Tokenizer, view: tuple[int, int]) -> tuple[str, ...]:
-    """A line for a tokenizer that was trained on another scale; some do not say which."""
+    """A line for a tokenizer that was trained on another size; some do not say which."""
     trained = getattr(tokenizer, "image_size", None)
     if trained is None or height_width(trained) == view:
         return ()
     height, width = height_width(trained)
     return (
-        f"the tokenizer was trained at {height}x{width} px and gets {view[0]}x{view[1]} px: it "
-        f"sees things {view[0] / height:.3g} times as tall as it has learnt, so its tokens may be "
-        "poor; train one at this size, or change the image or patch size",
+        f"the tokenizer was trained at {height}x{width} px and gets {view[0]}x{view[1]} px: in "
+        f"crops of the same extent it sees things {view[0] / height:.3g} times as tall as it has "
+        "learnt, and its tokens may be poor; train one at this size, or change the image or patch "
+        "size, or the crops (views.min_scale, views.max_scale)",
     )
