@@ -126,6 +126,12 @@ FROZEN = (
         ("        with undisturbed(pl_module):\n", "        pl_module.eval()\n        if True:\n"),
     ),
     mutation(
+        "tables stop at the guard of a logger",
+        "loggers/guarded",
+        "loggers/test_guarded",
+        ("        logger.log_table(name, rows, step)\n", "        pass\n"),
+    ),
+    mutation(
         "online probe draws from the run's generators",
         "callbacks/pictures",
         "callbacks/test_online_probe",

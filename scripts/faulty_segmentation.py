@@ -13,6 +13,15 @@ _BILINEAR_LABELS = """\
 """
 LABELS = (
     mutation(
+        "a part of the pairs with the label maps of others",
+        "data/segmentation_sources",
+        "data/test_segmentation_sources",
+        (
+            "return self.source.label_map(int(self.indices[index]))",
+            "return self.source.label_map(index)",
+        ),
+    ),
+    mutation(
         "reduce_zero_label off by one",
         "data/label_maps",
         "data/test_label_maps",
@@ -178,15 +187,24 @@ NETWORK = (
         "tasks/segmentation",
         "tasks/test_segmentation",
         (
-            "F.cross_entropy(rows, labels.flatten(), ",
-            "F.cross_entropy(rows, labels.flatten().clamp(min=0), ",
+            "rows, labels.flatten(), weight",
+            "rows, labels.flatten().clamp(min=0), weight",
+        ),
+    ),
+    mutation(
+        "class weights of the head alone",
+        "tasks/segmentation",
+        "tasks/test_segmentation",
+        (
+            "pixel_loss(beside, batch.labels, self.class_weights)",
+            "pixel_loss(beside, batch.labels)",
         ),
     ),
     mutation(
         "auxiliary heads as heavy as the head",
         "tasks/segmentation",
         "tasks/test_segmentation",
-        ("total + self.auxiliary_weight * pixel_loss", "total + pixel_loss"),
+        ("total + self.auxiliary_weight * loss", "total + loss"),
     ),
     mutation(
         "auxiliary heads without an optimizer",

@@ -3,8 +3,8 @@
     python -m scripts.mutations [NAME ...]      # make mutations; NAME: part of a mutation's name
 
 Each fault is put into a temporary copy of the package, never into the working tree, and the tests
-that ought to notice run there. Without NAME the table goes into docs/parity.md. Exit code 1 where a
-fault survives or a test fails without one.
+that ought to notice run there. The table in docs/parity.md is written anew, with NAME the rows of
+these alone. Exit code 1 where a fault survives or a test fails without one.
 """
 
 import importlib
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from scripts.faulty import MUTATIONS, Mutation
-from scripts.sections import write_section
+from scripts.sections import read_section, write_section
 
 ROOT = Path(__file__).parents[1]
 COPIED = ("beit", "configs", "tests", "scripts", "docs", "pyproject.toml", "Makefile", "README.md")
@@ -62,19 +62,25 @@ def main(words: list[str]) -> int:
         caught = {mutation.name: _trial(copy, mutation) for mutation in chosen}
     survivors = [name for name, tests in caught.items() if not tests]
     print(f"{len(caught) - len(survivors)} of {len(caught)} caught", *survivors, sep="\n  ")
-    if not words:
-        text = "\n".join(table(caught))
-        write_section(ROOT / "docs" / "parity.md", "mutations", "make mutations", text)
+    place = ROOT / "docs" / "parity.md", "mutations", "make mutations"
+    write_section(*place, "\n".join(table(caught, read_section(*place))))
     return 1 if survivors else 0
 
 
-def table(caught: dict[str, list[str]]) -> Iterable[str]:
-    """Markdown: each fault, and in each file that was asked the first test to fail."""
+def table(caught: dict[str, list[str]], before: str = "") -> Iterable[str]:
+    """Markdown: each fault, and in each file that was asked the first test to fail.
+
+    What was not tried has its row of the table `before`; none, where there was none.
+    """
+    known = {line.split(" | ")[0].removeprefix("| "): line for line in before.splitlines()}
     yield "| fault | file | noticed by |"
     yield "| --- | --- | --- |"
     for mutation in MUTATIONS:
-        noticed = ", ".join(f"`{test}`" for test in caught[mutation.name]) or "**nothing**"
-        yield f"| {mutation.name} | `{mutation.file}` | {noticed} |"
+        if mutation.name in caught:
+            noticed = ", ".join(f"`{test}`" for test in caught[mutation.name]) or "**nothing**"
+            yield f"| {mutation.name} | `{mutation.file}` | {noticed} |"
+        elif mutation.name in known:
+            yield known[mutation.name]
 
 
 def _copy_tree(copy: Path) -> None:

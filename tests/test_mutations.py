@@ -35,6 +35,13 @@ def test_a_survivor_is_shown() -> None:
     assert all("**nothing**" in line for line in list(table(caught))[2:])
 
 
+def test_what_was_not_tried_keeps_its_row() -> None:
+    first, second, third = (mutation.name for mutation in MUTATIONS[:3])
+    before = "\n".join(table({first: [], second: ["a::b"]}))
+    after = list(table({first: ["c::d"], third: []}, before))[2:]
+    assert [line.split(" | ")[2] for line in after] == ["`c::d` |", "`a::b` |", "**nothing** |"]
+
+
 def test_sections_leave_the_rest_alone(tmp_path: Path) -> None:
     path = tmp_path / "page.md"
     page = "# a\n<!-- begin x: written by make x -->\nold\n<!-- end x -->\nrest\n"

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from beit.data.batches import SegmentationBatch
 from beit.data.label_maps import IGNORED
+from beit.data.limits import not_negative
 from beit.data.pixels import by
 from beit.errors import UserError
 from beit.evaluation.memory import check_forward, told_if_memory_ends
@@ -42,10 +43,13 @@ class Segmentation(L.LightningModule):
         optim: the optimizer's recipe.
         num_classes: K.
         auxiliary_weight: 0.4 in the original.
+        class_weights: K numbers, by which a pixel's loss is multiplied according to its label, so
+            that rare classes count for more; None for 1 each, as in the original.
         inference: from an image of any size to its classes (see `beit.evaluation.windows`).
 
     Raises:
-        UserError: a negative weight, or a tap that the backbone does not have.
+        UserError: a negative weight, class weights of another number than the classes or all 0, or
+            a tap that the backbone does not have.
     """
 
     def __init__(
@@ -59,16 +63,17 @@ class Segmentation(L.LightningModule):
         num_classes: int,
         auxiliary_weight: float,
         inference: Inference,
+        class_weights: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
-        if auxiliary_weight < 0:
-            raise UserError(f"auxiliary_weight {auxiliary_weight} must not be negative")
+        self.auxiliary_weight = not_negative("auxiliary_weight", auxiliary_weight)
+        weights = None if class_weights is None else _checked_weights(class_weights, num_classes)
+        self.register_buffer("class_weights", weights, persistent=False)
         self.backbone = backbone
         self.pyramid = pyramid
         self.head = head
         self.auxiliary = nn.ModuleList(auxiliary)
         self.optim = optim
-        self.auxiliary_weight = auxiliary_weight
         self.inference = inference
         self.average = MeanOverGlobalBatch()
         self.val_confusion = PixelConfusion(num_classes)
@@ -99,11 +104,12 @@ class Segmentation(L.LightningModule):
     def training_step(self, batch: SegmentationBatch, batch_idx: int) -> Tensor:
         maps = self.maps(batch.images)
         logits = resize(self.head(maps).float(), batch.labels.shape[1:])
-        main = pixel_loss(logits, batch.labels)
+        main = pixel_loss(logits, batch.labels, self.class_weights)
         total = main
         for head in self.auxiliary:
             beside = resize(head(maps).float(), batch.labels.shape[1:])
-            total = total + self.auxiliary_weight * pixel_loss(beside, batch.labels)
+            loss = pixel_loss(beside, batch.labels, self.class_weights)
+            total = total + self.auxiliary_weight * loss
         loss = self.average(self, total, batch.labels.numel(), batch_idx)
         with torch.no_grad():
             known = (batch.labels != IGNORED).sum().clamp(min=1)
@@ -174,11 +180,26 @@ class Segmentation(L.LightningModule):
             return self.coarse_logits(windows)
 
 
-def pixel_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy of logits (B, K, H, W) summed over the labelled pixels of labels (B, H, W)."""
+def pixel_loss(logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Cross-entropy of logits (B, K, H, W) summed over the labelled pixels of labels (B, H, W).
+
+    Each pixel's is multiplied by that of `weights` (K,) which its label has.
+    """
     # a pixel's classes lie side by side, as the heads leave them: half the time of (B, K, H, W)
     rows = logits.permute(0, 2, 3, 1).flatten(0, 2)
-    return F.cross_entropy(rows, labels.flatten(), ignore_index=IGNORED, reduction="sum")
+    return F.cross_entropy(
+        rows, labels.flatten(), weight=weights, ignore_index=IGNORED, reduction="sum"
+    )
+
+
+def _checked_weights(weights: Sequence[float], num_classes: int) -> Tensor:
+    values = [not_negative(f"class_weights[{i}]", value) for i, value in enumerate(weights)]
+    if len(values) != num_classes or not any(values):
+        raise UserError(
+            f"class_weights {values}: expected {num_classes} numbers, one a class in the data's "
+            "order, not all 0"
+        )
+    return torch.tensor(values, dtype=torch.float32)
 
 
 def _check_taps(taps: Sequence[int], depth: int) -> None:

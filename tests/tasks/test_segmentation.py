@@ -40,7 +40,9 @@ class Tuned(Segmentation):
         return torch.optim.SGD(self.parameters(), lr=1.0)
 
 
-def make_task(*, plain=True, drop_path_rate=0.0, kind=Tuned, taps=TAPS, weight=0.4):
+def make_task(
+    *, plain=True, drop_path_rate=0.0, kind=Tuned, taps=TAPS, weight=0.4, class_weights=None
+):
     torch.manual_seed(3)
     backbone = VisionTransformer(
         (24, 40), 8, width=WIDTH, depth=3, num_heads=2, absolute_position=False,
@@ -58,6 +60,7 @@ def make_task(*, plain=True, drop_path_rate=0.0, kind=Tuned, taps=TAPS, weight=0
         auxiliary = [FCNHead(WIDTH, K, channels=3, dropout=0.0)]
     return kind(
         backbone, *parts, auxiliary, num_classes=K, auxiliary_weight=weight,
+        class_weights=class_weights,
         optim=AdamWRecipe(lr=1.0, min_lr=0.0, weight_decay=0.0),
         inference=SlidingWindow((24, 40), stride=(16, 26), windows_per_pass=2),
     )  # fmt: skip
@@ -87,27 +90,29 @@ def fit(task, parts, folder, **options):
     trainer(folder, **options).fit(task, DataLoader(parts, batch_size=None))
 
 
-def literal_loss(task, images, labels):
+def literal_loss(task, images, labels, class_weights=(1, 1, 1, 1, 1)):
     """Head and auxiliary heads, over all pixels, labelled or not."""
+    counted = torch.tensor([*class_weights, 0])[labels]  # -1 is the last
     tokens = task.backbone.forward_blocks(images, taps=TAPS)
     maps = [x[:, 1:].transpose(1, 2).reshape(len(x), WIDTH, 3, 5) for x in tokens]
     total = 0.0
     for head, weight in [(task.head, 1.0), (task.auxiliary[0], 0.4), (task.auxiliary[1], 0.4)]:
         logits = F.interpolate(head(maps), size=(24, 40), mode="bilinear", align_corners=False)
         chosen = logits.log_softmax(dim=1).gather(1, labels.clamp(min=0)[:, None])[:, 0]
-        total = total - weight * (chosen * (labels != -1)).sum() / labels.numel()
+        total = total - weight * (chosen * counted).sum() / labels.numel()
     return total
 
 
 @pytest.mark.parametrize("sizes", [[4, 4, 4], [3, 2, 2], [2, 1]])  # an epoch's last may be shorter
-def test_a_step_is_that_of_the_whole_global_batch(tmp_path, sizes):
-    task = make_task()
+@pytest.mark.parametrize("class_weights", [None, [0.3, 4, 0, 1, 2.5]])
+def test_a_step_is_that_of_the_whole_global_batch(tmp_path, sizes, class_weights):
+    task = make_task(class_weights=class_weights)
     before = copy.deepcopy(task)
     parts = list(batches(sizes))
     fit(task, parts, tmp_path, accumulate=3)
     images, labels = (torch.cat([part[i] for part in parts]) for i in (0, 1))
     before.train()
-    literal_loss(before, images, labels).backward()
+    literal_loss(before, images, labels, class_weights or (1,) * K).backward()
     for (name, ours), (_, old) in zip(task.named_parameters(), before.named_parameters()):
         expected = old.detach() - old.grad
         torch.testing.assert_close(ours.detach(), expected, rtol=0, atol=2e-6, msg=name)
@@ -226,6 +231,14 @@ def test_each_validation_is_measured_by_itself():
 def test_mistakes_are_told():
     with pytest.raises(UserError, match=r"pyramid\.taps=\[0, 1, 1, 3\]: a model of 3 blocks"):
         make_task(taps=[0, 1, 1, 3])
+    for wrong, told in {
+        (1, 1, 1, 1): "expected 5 numbers",
+        (0, 0, 0, 0, 0): "not all 0",
+        (1, 1, -1, 1, 1): r"class_weights\[2\] -1: expected a number of at least 0",
+        (1, 1, 1, 1, "x"): r"class_weights\[4\] 'x'",
+    }.items():
+        with pytest.raises(UserError, match=told):
+            make_task(class_weights=wrong)
     with pytest.raises(UserError, match="auxiliary_weight -1"):
         make_task(weight=-1)
 
