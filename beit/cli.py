@@ -284,13 +284,15 @@ def predict(arguments: list[str]) -> int:
     from beit.console import log_to_console
 
     usage = (
-        "checkpoint=PATH images=FILE_OR_FOLDER [top_k=5] [batch_size=32] [output=FILE], or of a "
-        "segmentation output=FOLDER [overwrite=true] [inference=whole|sliding|multiscale]"
+        "checkpoint=PATH images=FILE_OR_FOLDER [top_k=5] [batch_size=32] [output=FILE] "
+        "[device=auto], or of a segmentation output=FOLDER [overwrite=true] "
+        "[inference=whole|sliding|multiscale]"
     )
     if _helped(arguments, "predict", usage):
         return 0
-    keys = ("checkpoint", "images", "top_k", "batch_size", "output", "overwrite")
-    own, changes = split_known(arguments, keys, ("inference", "views"), "predict", usage)
+    keys = ("checkpoint", "images", "top_k", "batch_size", "output", "overwrite", "device")
+    groups = ("inference", "views", "model")
+    own, changes = split_known(arguments, keys, groups, "predict", usage)
     log_to_console()
     checkpoint, images = required(own, "checkpoint"), required(own, "images")
     options: dict[str, Any] = {
@@ -300,7 +302,7 @@ def predict(arguments: list[str]) -> int:
     }
     from beit.predictor import open_predictor
 
-    predictor = open_predictor(checkpoint, changes)
+    predictor = open_predictor(checkpoint, changes, device=own.get("device", "auto"))
     output = None if predictor.makes_files else new_file(own, "output")
     folder = own.get("output") if predictor.makes_files else None
     lines = predictor.predict(images, output=folder, **options)

@@ -77,16 +77,18 @@ def predict(
     batch_size: int = 32,
     output: str | Path | None = None,
     overwrite: bool = False,
+    device: str = "auto",
 ) -> list[dict[str, Any]]:
     """What a checkpoint makes of an image file, or of each in a folder and below it.
 
     Of a classifier: the path and the `top_k` classes with scores. Of a segmentation: the path and
     the area of each class, with pictures in the folder `output`, where nothing is written over
-    without `overwrite`; `changes` as in `inference=multiscale` say how it goes over the image.
+    without `overwrite`; `changes` as in `inference=multiscale` say how it goes over the image. On
+    the `device` of that name, "auto" for a GPU where there is one.
     """
     options: dict[str, Any] = {"top_k": top_k, "batch_size": batch_size}
     options |= {"output": output, "overwrite": overwrite}
-    return list(open_predictor(checkpoint, changes).predict(images, **options))
+    return list(open_predictor(checkpoint, changes, device=device).predict(images, **options))
 
 
 def load_model(checkpoint: str | Path) -> nn.Module:

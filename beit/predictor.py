@@ -16,6 +16,8 @@ from beit.errors import UserError
 from beit.interop.convert import any_checkpoint
 from beit.security import targets
 
+CPU = torch.device("cpu")
+
 
 class Predictor(Protocol):
     """One record, of plain data, for each image file."""
@@ -35,17 +37,22 @@ class Predictor(Protocol):
         ...
 
 
-def open_predictor(path: str | Path, changes: Sequence[str] = ()) -> Predictor:
-    """What the checkpoint's task makes of images.
+def open_predictor(
+    path: str | Path, changes: Sequence[str] = (), *, device: str = "auto"
+) -> Predictor:
+    """What the checkpoint's task makes of images, in float32.
 
     `changes` are words of a segmentation's config: `inference=multiscale`, `views.eval.KEY=VALUE`.
+    `device` is "auto" for a GPU where there is one (not run by us), or torch's name of one.
 
-    Raises UserError for a task that predicts nothing, and for changes that it does not know.
+    Raises UserError for a task that predicts nothing, for changes that it does not know, and for a
+    device that is not there.
     """
     from beit.segmenter import CHANGED, ImageSegmenter  # which builds on this module
 
+    place = _device(device)
     checkpoint = any_checkpoint(path, tell="nothing")
-    predictors: dict[str, Callable[[str | Path], Predictor]] = {
+    predictors: dict[str, Callable[..., Predictor]] = {
         "classification": ImageClassifier.from_checkpoint,
         "linear_probe": ImageClassifier.from_checkpoint,
         "segmentation": partial(ImageSegmenter.from_checkpoint, changes=changes),
@@ -59,9 +66,22 @@ def open_predictor(path: str | Path, changes: Sequence[str] = ()) -> Predictor:
     if changes and task != "segmentation":
         raise UserError(
             f"{changes[0]}: a checkpoint of task {task} has nothing to change here; of a "
-            f"segmentation {' and '.join(CHANGED)} can be"
+            f"segmentation {', '.join(CHANGED)} can be"
         )
-    return predictors[task](path)
+    return predictors[task](path, device=place)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.zeros(1, device=name)
+        return torch.device(name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"device={name}: expected auto, cpu, or a GPU as in cuda:0 ({reason})"
+        ) from error
 
 
 def transform_of(checkpoint: Checkpoint) -> Any:
@@ -80,21 +100,29 @@ class ImageClassifier:
         model: images (B, 3, H, W), normalised -> logits (B, K).
         transform: PIL image -> (3, H, W) float, the evaluation transform of the training run.
         classes: K names, or None for numbers.
+        device: on which the model runs.
     """
 
     makes_files = False
 
-    def __init__(self, model: nn.Module, transform: Any, classes: list[str] | None) -> None:
-        self.model = model.eval()
+    def __init__(
+        self,
+        model: nn.Module,
+        transform: Any,
+        classes: list[str] | None,
+        *,
+        device: torch.device = CPU,
+    ) -> None:
+        self.model, self.device = model.eval().to(device), device
         self.transform = transform
         self.classes = classes
 
     @classmethod
-    def from_checkpoint(cls, path: str | Path) -> "ImageClassifier":
+    def from_checkpoint(cls, path: str | Path, *, device: torch.device = CPU) -> "ImageClassifier":
         """Rebuild the classifier of a fine-tuning run."""
         checkpoint = any_checkpoint(path, tell="nothing")
         transform = transform_of(checkpoint)
-        return cls(networks.load_model(path), transform, checkpoint.classes)
+        return cls(networks.load_model(path), transform, checkpoint.classes, device=device)
 
     def predict(
         self,
@@ -131,7 +159,7 @@ class ImageClassifier:
             except UnreadableImage as error:
                 records[path] = {"path": str(path), "error": str(error)}
         if tensors:
-            scores = self.model(torch.stack(tensors)).float().softmax(dim=-1)
+            scores = self.model(torch.stack(tensors).to(self.device)).float().softmax(dim=-1)
             best = scores.topk(min(top_k, scores.shape[1]), dim=-1)
             for path, values, indices in zip(readable, best.values, best.indices, strict=True):
                 top = [

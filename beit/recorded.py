@@ -16,6 +16,8 @@ from beit.nearest import did_you_mean
 from beit.security import folders, limits
 from beit.security.composing import check_recorded
 
+_TRAINED = ("callbacks", "logger")  # groups of training alone, which are left out
+
 
 def composed(cfg: DictConfig) -> dict[str, Any]:
     """The config as plain data with its interpolations, so that a change of one key reaches all.
@@ -47,8 +49,15 @@ def from_checkpoint(path: str | Path, overrides: list[str]) -> DictConfig:
         try:
             value = OmegaConf.select(_parsed(word, text), "value")
             old = OmegaConf.select(cfg, key, throw_on_missing=False)
+            if key == "task":
+                raise UserError(
+                    f"{word}: the checkpoint is of task {cfg.task_name}; another one is trained "
+                    "from its weights (beit train init_from=...)"
+                )
             if isinstance(old, DictConfig) and isinstance(value, str):
                 _choose(cfg, key, value)
+            elif old is None and value is not None and key not in _TRAINED and choices(key):
+                raise UserError(f"{word}: the checkpoint, of task {cfg.task_name}, has no {key}")
             else:
                 OmegaConf.update(cfg, key, value)
         except yaml.YAMLError as error:
@@ -70,9 +79,9 @@ def _checked(content: Any, path: str | Path, overrides: list[str]) -> dict[str, 
     try:
         limits.check_plain(content)
         typed = {word.partition("=")[0] for word in overrides}
-        for key in ("callbacks", "logger", "profiler", "plugins"):
+        for key in (*_TRAINED, "profiler", "plugins"):
             content["trainer"].pop(key, None)
-        content["callbacks"] = content["logger"] = None
+        content.update(dict.fromkeys(_TRAINED))
         check_recorded(content, except_for=typed)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error

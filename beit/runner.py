@@ -21,7 +21,7 @@ from beit.callbacks.randomness import KeyedRandomness
 from beit.checkpoints import resume
 from beit.checkpoints.elastic import respread
 from beit.checkpoints.keeper import CheckpointKeeper
-from beit.checkpoints.models import initialise
+from beit.checkpoints.models import Checkpoint, initialise
 from beit.checkpoints.plugin import CheckpointFiles
 from beit.checkpoints.record import RunRecord
 from beit.console import RunLog, only_warnings, quiet_lightning
@@ -125,9 +125,9 @@ def build(
     """
     data = config.instantiate(cfg.datamodule)
     config.settle_classes(cfg, len(getattr(data, "classes", None) or ()))
+    task = config.instantiate(cfg.task)  # its mistakes are told before files are looked at
     data.check(world_size=world_size, accumulate=cfg.trainer.accumulate_grad_batches)
     data.labelled = config.instantiate(cfg.labelled) if cfg.labelled else None
-    task = config.instantiate(cfg.task)
     task.optim.warmup_length(*plan_of(cfg, data, world_size))
     if cfg.init_from and begins:
         if not hasattr(task, "backbone"):
@@ -224,13 +224,29 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     L.seed_everything(cfg.seed, workers=False, verbose=False)
     checkpoint = any_checkpoint(cfg.init_from, tell="nothing", config=False)
     data = config.instantiate(cfg.datamodule)
-    data.check(world_size=world_size, accumulate=1, stage="validate")
     task = config.instantiate(cfg.task)
     load_children(task, checkpoint)
+    _check_classes(checkpoint, data)
+    data.check(world_size=world_size, accumulate=1, stage="validate")
     trainer = config.instantiate(cfg.trainer, logger=False, enable_checkpointing=False)
+    if hasattr(task, "check"):
+        task.check(trainer.strategy.root_device)
     metrics = trainer.validate(task, datamodule=data, verbose=False)
     found: dict[str, Any] = {key: float(value) for key, value in metrics[0].items()}
     return found | ({"per_class": task.table(data.classes)} if hasattr(task, "table") else {})
+
+
+def _check_classes(checkpoint: Checkpoint, data: Any) -> None:
+    """Raises UserError for the checkpoint's classes in another order: they are told by number."""
+    own, given = checkpoint.classes, getattr(data, "classes", None)
+    if own is None or given is None or list(own) == list(given):
+        return
+    place = next((i for i, pair in enumerate(zip(own, given)) if pair[0] != pair[1]), len(given))
+    names = [classes[place] if place < len(classes) else "none" for classes in (own, given)]
+    told = f"class {place} of the checkpoint is '{names[0]}', and of the data '{names[1]}'"
+    if sorted(own) == sorted(given):
+        raise UserError(f"{told}: the data's classes must stand in the checkpoint's order")
+    log.warning("%s; they are compared by their numbers", told)
 
 
 def tokenize(cfg: DictConfig) -> dict[str, int]:

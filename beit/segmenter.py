@@ -21,10 +21,14 @@ from beit.errors import UserError
 from beit.files import explained, replace_text, replacing
 from beit.interop.convert import any_checkpoint
 from beit.interop.fields import Fields
-from beit.predictor import transform_of
+from beit.predictor import CPU, transform_of
 from beit.recorded import from_checkpoint
 
-CHANGED = ("inference", "views.eval")  # what `predict` may change of a run's config
+CHANGED = (
+    "inference",
+    "views.eval",
+    "model.any_size",
+)  # what `predict` may change of a run's config
 OPACITY = 0.5  # of the classes' colours over the image
 
 
@@ -45,6 +49,7 @@ class ImageSegmenter:
         mean, std: of the normalisation, RGB.
         classes: K names.
         palette: (K, 3) uint8.
+        device: on which the model runs.
     """
 
     makes_files = True
@@ -58,8 +63,10 @@ class ImageSegmenter:
         std: Sequence[float],
         classes: list[str],
         palette: np.ndarray,
+        device: torch.device = CPU,
     ) -> None:
-        self.model: Any = model.eval()
+        self.model: Any = model.eval().to(device)
+        self.device = device
         self.transform = transform
         mean, std = checked_normalisation(mean, std)
         self.mean, self.std = (torch.tensor(x)[:, None, None] for x in (mean, std))
@@ -68,18 +75,24 @@ class ImageSegmenter:
         self._type = np.uint8 if len(classes) <= 256 else np.uint16  # of the ids' pictures
 
     @classmethod
-    def from_checkpoint(cls, path: str | Path, changes: Sequence[str] = ()) -> "ImageSegmenter":
+    def from_checkpoint(
+        cls, path: str | Path, changes: Sequence[str] = (), *, device: torch.device = CPU
+    ) -> "ImageSegmenter":
         """Rebuild the network of a segmentation run, with the colours that it recorded.
 
-        `changes` are words of its config in the groups `CHANGED`. Raises UserError for others.
+        `changes` are words of its config in the groups `CHANGED`. Raises UserError for others, and
+        for windows that the network does not take or that cannot fit into memory.
         """
         checkpoint = any_checkpoint(path, tell="nothing")
         transform = transform_of(checkpoint)
-        model: Any = networks.load_model(path)
         if changes:
             cfg = from_checkpoint(path, _checked(changes))
-            model.inference = config.instantiate(cfg.inference)
+            model: Any = config.instantiate(cfg.task)
+            networks.load_children(model, checkpoint)
             transform = config.instantiate(cfg.views.eval)
+        else:
+            model = networks.load_model(path)
+        model.check(device)
         normalize = Fields(checkpoint.config, checkpoint.path).inner("normalize")
         count: int = model.head.num_classes
         return cls(
@@ -89,6 +102,7 @@ class ImageSegmenter:
             std=normalize.numbers("std", (1.0, 1.0, 1.0)),
             classes=checkpoint.classes or [str(number) for number in range(count)],
             palette=_palette(checkpoint, count),
+            device=device,
         )
 
     def predict(
@@ -141,7 +155,8 @@ class ImageSegmenter:
         """Class ids (H, W) int16 of an RGB image."""
         pixels: Tensor = self.transform(image)
         normal = (pixels.float() / 255 - self.mean) / self.std
-        return self.model.predict(normal, (image.height, image.width)).numpy()
+        ids = self.model.predict(normal.to(self.device), (image.height, image.width))
+        return ids.cpu().numpy()
 
     def _areas(self, ids: np.ndarray) -> list[dict[str, Any]]:
         counts = np.bincount(ids.ravel(), minlength=len(self.classes))
@@ -162,7 +177,7 @@ def _checked(changes: Sequence[str]) -> list[str]:
         key = word.partition("=")[0]
         if not any(key == group or key.startswith(f"{group}.") for group in CHANGED):
             raise UserError(
-                f"{word}: of a segmentation's config {' and '.join(CHANGED)} can be changed here, "
+                f"{word}: of a segmentation's config {', '.join(CHANGED)} can be changed here, "
                 "as in inference=multiscale or inference.stride=128"
             )
     return list(changes)

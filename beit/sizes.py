@@ -5,19 +5,17 @@ from collections.abc import Sequence
 from beit.errors import UserError
 
 
-def height_width(image_size: int | Sequence[int]) -> tuple[int, int]:
-    """(H, W) of an image size that is one number for both sides or a pair.
+def height_width(size: int | Sequence[int], name: str = "image_size") -> tuple[int, int]:
+    """(H, W) of a size in pixels that is one number for both sides or a pair.
 
-    Raises UserError for anything else, and for a side below 1.
+    Raises UserError, with the `name`, for anything else, and for a side below 1.
     """
     try:
-        sides = (image_size,) * 2 if isinstance(image_size, int) else tuple(map(int, image_size))
+        sides = (size,) * 2 if isinstance(size, int) else tuple(map(int, size))
     except (TypeError, ValueError):
         sides = ()
     if len(sides) != 2 or min(sides) < 1:
-        raise UserError(
-            f"image_size {image_size}: expected one number or [height, width], each at least 1"
-        )
+        raise UserError(f"{name} {size}: expected one number or [height, width], each at least 1")
     return sides[0], sides[1]
 
 

@@ -216,9 +216,51 @@ def test_predict_goes_over_the_image_as_it_is_told(
     assert not np.array_equal(found, plain.numpy())
 
 
+def test_whole_images_where_the_model_is_told_to_take_any(
+    run: Path, pictures: Path, tmp_path: Path
+) -> None:
+    folder = pictures / "images" / "val"  # of several sizes
+    for give in (lambda *words: beit.predict(last(run), folder, *words, output=tmp_path),
+                 lambda *words: beit.evaluate(last(run), *words)):  # fmt: skip
+        with pytest.raises(UserError, match=r"images of 32x32 px|those of 32x32 px alone"):
+            give("inference=whole")
+        assert not list(tmp_path.iterdir())
+    records = beit.predict(
+        last(run), folder, "inference=whole", "model.any_size=true", output=tmp_path
+    )
+    assert len(records) == 5
+    assert all("areas" in record for record in records)
+
+
+def test_evaluate_takes_the_classes_by_number_and_says_so(
+    run: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(UserError, match="'sky', and of the data 'ground': .* checkpoint's order"):
+        beit.evaluate(last(run), "data.classes=[ground,sky,thing,nothing]")
+    assert "by their numbers" not in caplog.text
+    beit.evaluate(last(run), "data.classes=[sky,ground,stone,nothing]")
+    assert "class 2 of the checkpoint is 'thing', and of the data 'stone'" in caplog.text
+    with pytest.raises(UserError, match="num_classes 4: the data set has 3 classes .*give as many"):
+        beit.evaluate(last(run), "data.classes=[sky,ground,thing]", "data.ids.palette=auto")
+
+
+def test_evaluate_refuses_words_that_nothing_would_read(run: Path, runs: Path) -> None:
+    with pytest.raises(UserError, match="inference=whole: .*of task classification, has no inf"):
+        beit.evaluate(last(runs / "finetune"), "inference=whole")
+    for folder, task in ((run, "segmentation"), (runs / "finetune", "classification")):
+        with pytest.raises(UserError, match=f"the checkpoint is of task {task}"):
+            beit.evaluate(last(folder), "task=segmentation")
+
+
+def test_predict_names_a_device_that_is_not_there(run: Path, tmp_path: Path) -> None:
+    for device in ("gpu", "cuda:99"):
+        with pytest.raises(UserError, match=f"device={device}: expected auto, cpu, or a GPU"):
+            beit.predict(last(run), tmp_path, output=tmp_path, device=device)
+
+
 def test_predict_changes_nothing_else(run: Path, runs: Path, tmp_path: Path) -> None:
     for word in ("model.depth=4", "trainer=gpu", "inferences=x"):
-        with pytest.raises(UserError, match=r"inference and views\.eval can be changed here"):
+        with pytest.raises(UserError, match=r"inference, views\.eval, model\.any_size can be ch"):
             beit.predict(last(run), tmp_path, word, output=tmp_path)
     with pytest.raises(UserError, match="task classification has nothing to change here"):
         beit.predict(last(runs / "finetune"), tmp_path, "inference=whole")
@@ -246,6 +288,10 @@ def test_nothing_is_written_over_unless_told(
     ("words", "said"),
     [
         (["inference=whole"], r"model\.any_size=true, or inference=sliding"),
+        (["inference.window=64"], r"inference\.window 64x64: this model takes windows of 32x32 px"),
+        (["inference.window=30", "model.any_size=true"], "multiples of the model's patches of 4 px"),
+        (["inference.stride=0"], "stride 0: expected one number"),
+        (["model.image_size=4"], "a grid of 1x1 patches is too small for the pyramid"),
         (["inference.windows_per_pass=1000000000"], "attention alone needs"),
         (
             ["batch.global_size=1", "batch.per_device=1"],

@@ -57,7 +57,8 @@ class SegmentationData(ImageData):
         if num_classes not in ("auto", len(names)):
             raise UserError(
                 f"num_classes {num_classes}: the data set has {len(names)} classes "
-                f"({names[0]} ... {names[-1]}); say data.num_classes=auto, or give other classes"
+                f"({names[0]} ... {names[-1]}); give as many (data.classes), or in a training say "
+                "data.num_classes=auto"
             )
         mean, std = checked_normalisation(mean, std)
         super().__init__(

@@ -215,5 +215,5 @@ def _base(short_side: int | Sequence[int], max_aspect: float) -> tuple[int, int]
     """(long, short): the sides that an image is fitted into."""
     if real_number("max_aspect", max_aspect) < 1.0:
         raise UserError(f"max_aspect {max_aspect}: expected at least 1")
-    short = min(height_width(short_side))
+    short = min(height_width(short_side, "short_side"))
     return int(short * max_aspect), short

@@ -44,13 +44,17 @@ class FeaturePyramid(nn.Module):
         Raises:
             UserError: a grid of less than two patches on a side.
         """
+        self.check_grid(grid)
+        levels = (self.fpn1, self.fpn2, self.fpn3, self.fpn4)
+        return [level(to_map(x, grid)) for level, x in zip(levels, tokens, strict=True)]
+
+    def check_grid(self, grid: tuple[int, int]) -> None:
+        """Raises UserError for a grid (h,w) of patches too small for the coarsest map."""
         if min(grid) < 2:
             raise UserError(
                 f"a grid of {grid[0]}x{grid[1]} patches is too small for the pyramid: images must"
                 " have at least 2 patches on a side"
             )
-        levels = (self.fpn1, self.fpn2, self.fpn3, self.fpn4)
-        return [level(to_map(x, grid)) for level, x in zip(levels, tokens, strict=True)]
 
 
 class PlainMaps(nn.Module):
@@ -69,6 +73,9 @@ class PlainMaps(nn.Module):
     def forward(self, tokens: Sequence[Tensor], grid: tuple[int, int]) -> list[Tensor]:
         """Tokens (B,1+N,D) of each tap and their grid (h,w) -> maps (B,D,h,w), channels last."""
         return [to_map(x, grid) for x in tokens]
+
+    def check_grid(self, grid: tuple[int, int]) -> None:
+        """Any will do."""
 
 
 class DoublingConv(nn.ConvTranspose2d):

@@ -48,8 +48,9 @@ class Segmentation(L.LightningModule):
         inference: from an image of any size to its classes (see `beit.evaluation.windows`).
 
     Raises:
-        UserError: a negative weight, class weights of another number than the classes or all 0, or
-            a tap that the backbone does not have.
+        UserError: a negative weight, class weights of another number than the classes or all 0, a
+            tap that the backbone does not have, images of too few patches for the pyramid, or an
+            inference that shows the backbone other images than it takes.
     """
 
     def __init__(
@@ -79,6 +80,8 @@ class Segmentation(L.LightningModule):
         self.val_confusion = PixelConfusion(num_classes)
         self.scores: SegmentationScores | None = None  # of the latest validation
         _check_taps(pyramid.taps, backbone.depth)
+        pyramid.check_grid(backbone.grid)
+        _check_inference(inference, backbone)
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W), normalised -> logits (B, K, H, W)."""
@@ -166,12 +169,6 @@ class Segmentation(L.LightningModule):
             self.head.check_images(normalised_together)
         if known := self.inference.largest_pass():
             check_forward(self.backbone, *known, device)
-        elif not self.backbone.any_size:
-            raise UserError(
-                f"inference {self.inference!r} takes images as they come, and this model those of "
-                f"{by(self.backbone.image_size)} px alone: say model.any_size=true, or "
-                "inference=sliding"
-            )
 
     def _fitting_logits(self, windows: Tensor) -> Tensor:
         count, _, height, width = windows.shape
@@ -207,4 +204,27 @@ def _check_taps(taps: Sequence[int], depth: int) -> None:
         raise UserError(
             f"pyramid.taps={list(taps)}: a model of {depth} blocks has blocks 0 to {depth - 1}; "
             "choose another pyramid, or model.depth"
+        )
+
+
+def _check_inference(inference: Inference, backbone: VisionTransformer) -> None:
+    """Raises UserError for windows, or whole images, that the backbone would not take."""
+    known, own = inference.largest_pass(), by(backbone.image_size)
+    if known is None and not backbone.any_size:
+        raise UserError(
+            f"inference {inference!r} takes images as they come, and this model those of {own} px "
+            "alone: say model.any_size=true, or inference=sliding"
+        )
+    if known is None:
+        return
+    window = known[0]
+    if window != backbone.image_size and not backbone.any_size:
+        raise UserError(
+            f"inference.window {by(window)}: this model takes windows of {own} px alone; leave "
+            "inference.window out, or say model.any_size=true"
+        )
+    if any(side % backbone.patch_size for side in window):
+        raise UserError(
+            f"inference.window {by(window)}: expected multiples of the model's patches of "
+            f"{backbone.patch_size} px"
         )

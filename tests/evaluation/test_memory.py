@@ -19,7 +19,7 @@ torch.set_num_threads(1)
 torch.manual_seed(0)
 windows.BAND_BYTES = {band}
 network = nn.Conv2d(3, 150, kernel_size=4, stride=4)
-slide = windows.SlidingWindow({window}, stride={window} * 2 // 3, windows_per_pass=2)
+slide = windows.{kind}({window}, stride={window} * 2 // 3, windows_per_pass=2{scales})
 image, size = torch.randn(3, *{given}), {size}
 with torch.inference_mode():
     slide(network, image[:, :64, :64], (64, 64))  # what is loaded with the first call
@@ -29,19 +29,25 @@ with torch.inference_mode():
 assert ids.shape == size and len(ids.unique()) > 50
 """
 
+SCALES = ", short_side='original', ratios=(1, 2, 3), flip=True"
+
 
 @pytest.mark.parametrize(
-    ("band", "window", "given", "size", "limit"),
+    ("band", "window", "given", "size", "limit", "scales"),
     [
         # 360 MB of logits at either size, in a quarter of that
-        (2**22, 128, (128, 171), (600, 1000), 90 * 2**20),
-        (2**22, 128, (600, 1000), (600, 1000), 90 * 2**20),
+        (2**22, 128, (128, 171), (600, 1000), 90 * 2**20, ""),
+        (2**22, 128, (600, 1000), (600, 1000), 90 * 2**20, ""),
+        # six views that are 110 MB as pictures, of which 45 MB of logits are kept at once
+        (2**20, 32, (600, 1000), (600, 1000), LIMIT * 2**20, SCALES),
         # 7.2 GB of logits in 1 GiB: a photograph of 4000x3000, as ADE20K's recipes resize it
-        pytest.param(2**26, 512, (512, 683), (3000, 4000), 2**30, marks=pytest.mark.slow),
+        pytest.param(2**26, 512, (512, 683), (3000, 4000), 2**30, "", marks=pytest.mark.slow),
     ],
 )
-def test_memory_is_bounded(band, window, given, size, limit):
-    code = LIMITED.format(band=band, window=window, given=given, size=size, limit=limit)
+def test_memory_is_bounded(band, window, given, size, limit, scales):
+    sizes = {"band": band, "window": window, "given": given, "size": size, "limit": limit}
+    kind = "MultiScale" if scales else "SlidingWindow"
+    code = LIMITED.format(kind=kind, scales=scales, **sizes)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]
 
