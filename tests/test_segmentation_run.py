@@ -289,7 +289,10 @@ def test_nothing_is_written_over_unless_told(
     [
         (["inference=whole"], r"model\.any_size=true, or inference=sliding"),
         (["inference.window=64"], r"inference\.window 64x64: this model takes windows of 32x32 px"),
-        (["inference.window=30", "model.any_size=true"], "multiples of the model's patches of 4 px"),
+        (
+            ["inference.window=30", "model.any_size=true"],
+            "multiples of the model's patches of 4 px",
+        ),
         (["inference.stride=0"], "stride 0: expected one number"),
         (["model.image_size=4"], "a grid of 1x1 patches is too small for the pyramid"),
         (["inference.windows_per_pass=1000000000"], "attention alone needs"),

@@ -73,8 +73,8 @@ class SlidingWindow(Inference):
     def __init__(
         self, window: int | Sequence[int], *, stride: int | Sequence[int], windows_per_pass: int
     ) -> None:
-        self.window = height_width(window)
-        self.stride = height_width(stride)
+        self.window = height_width(window, "window")
+        self.stride = height_width(stride, "stride")
         self.windows_per_pass = windows_per_pass
         if any(step > side for step, side in zip(self.stride, self.window)):
             raise UserError(
@@ -162,12 +162,15 @@ class MultiScale(SlidingWindow):
         return [(int(height * scale + 0.5), int(width * scale + 0.5)) for scale in scales]
 
     def views(self, network: Network, image: Tensor) -> list["Windows"]:
-        plain = [_resized(image, size) for size in self.sizes(*image.shape[1:])]
-        images = [(view, False) for view in plain]
-        if self.flip:
-            images += [(view.flip(-1), True) for view in plain]
+        sizes = self.sizes(*image.shape[1:])
+        # what is enlarged is so strip by strip, what is made smaller at once: its filter is wider
+        pictures = [(_shrunk(image, size), size) for size in sizes]
         options = (self.window, self.stride, self.windows_per_pass)
-        return [Windows(network, view, *options, mirrored) for view, mirrored in images]
+        return [
+            Windows(network, picture, *options, size=size, mirrored=mirrored)
+            for mirrored in ((False, True) if self.flip else (False,))
+            for picture, size in pictures
+        ]
 
     def __repr__(self) -> str:
         return (
@@ -183,8 +186,10 @@ class Windows:
     the rows asked for lie in.
 
     Args:
-        image: (3, h, w); smaller than a window it is padded with zeros.
-        mirrored: `image` is a mirror image; `resized` mirrors back.
+        image: (3, h, w).
+        size: (H, W) of the view, to which the image is enlarged as its strips are needed; None:
+            the image's own. Smaller than a window the view is padded with zeros.
+        mirrored: the network sees the mirror image; `resized` mirrors back.
     """
 
     def __init__(
@@ -194,17 +199,16 @@ class Windows:
         window: tuple[int, int],
         stride: tuple[int, int],
         per_pass: int,
+        *,
+        size: tuple[int, int] | None = None,
         mirrored: bool = False,
     ) -> None:
-        self.network, self.window, self.per_pass = network, window, per_pass
+        self.network, self.image, self.window, self.per_pass = network, image, window, per_pass
         self.mirrored = mirrored
-        self.height, self.width = image.shape[1:]
-        missing = [max(0, side - have) for side, have in zip(window, image.shape[1:])]
-        self.image = F.pad(image, (0, missing[1], 0, missing[0]))
-        self.tops, self.lefts = (
-            offsets(length, side, step)
-            for length, side, step in zip(self.image.shape[1:], window, stride)
-        )
+        self.height, self.width = size or image.shape[1:]
+        padded = max(self.height, window[0]), max(self.width, window[1])
+        self.padded_width = padded[1]
+        self.tops, self.lefts = (offsets(*sides) for sides in zip(padded, window, stride))
         self._kept: dict[int, Tensor] = {}  # row of windows -> logits (windows, K, h', w')
 
     @property
@@ -225,9 +229,9 @@ class Windows:
         tops = [(i, top) for i, top in enumerate(self.tops) if top < end and top + height > begin]
         self._kept = {i: self._logits(i) for i, _ in tops}  # what lies above is let go
         device = self.image.device
-        total = torch.zeros(self.num_classes, end - begin, self.image.shape[2], device=device)
+        total = torch.zeros(self.num_classes, end - begin, self.padded_width, device=device)
         over_row = torch.zeros(end - begin, 1, device=device)  # windows that a row lies in
-        over_column = torch.zeros(self.image.shape[2], device=device)
+        over_column = torch.zeros(self.padded_width, device=device)
         for left in self.lefts:
             over_column[left : left + width] += 1
         for i, top in tops:
@@ -241,8 +245,7 @@ class Windows:
     def _logits(self, row: int) -> Tensor:
         """Logits (windows, K, h', w') of a row of windows, as the network gives them."""
         if row not in self._kept:
-            top, (height, width) = self.tops[row], self.window
-            strip = self.image[:, top : top + height]
+            width, strip = self.window[1], self._strip(self.tops[row])
             windows = [strip[:, :, left : left + width] for left in self.lefts]
             passes = [
                 self.network(torch.stack(windows[i : i + self.per_pass]))
@@ -250,6 +253,16 @@ class Windows:
             ]
             self._kept[row] = torch.cat(passes)
         return self._kept[row]
+
+    def _strip(self, top: int) -> Tensor:
+        """The view's rows (3, window, padded width) from `top` on, as the network sees them."""
+        end, own = min(top + self.window[0], self.height), self.image.shape[1]
+        first, after = source_rows(top, end, height=own, target=self.height)
+        part, size = self.image[:, first:after], (self.height, self.width)
+        rows = resized_rows(part, first, top, end, height=own, target=size)
+        rows = rows.flip(-1) if self.mirrored else rows
+        missing = self.padded_width - self.width, self.window[0] - rows.shape[1]
+        return F.pad(rows, (0, missing[0], 0, missing[1]))
 
 
 def offsets(length: int, window: int, stride: int) -> list[int]:
@@ -269,13 +282,14 @@ def _pixels(logits: Tensor, begin: int, end: int, window: tuple[int, int]) -> Te
 def _bands(size: tuple[int, int], views: Sequence[Windows]) -> Iterator[tuple[int, int]]:
     """Rows of the original size that are decided together."""
     # a band costs its rows at the original size and those of the view it is made of
-    row = size[1] + max(view.image.shape[2] * view.height / size[0] for view in views)
+    row = size[1] + max(view.padded_width * view.height / size[0] for view in views)
     count = max(1, int(BAND_BYTES / (4 * views[0].num_classes * row)))
     return ((begin, min(begin + count, size[0])) for begin in range(0, size[0], count))
 
 
-def _resized(image: Tensor, size: tuple[int, int]) -> Tensor:
-    if tuple(image.shape[1:]) == size:
+def _shrunk(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """The image (3, h, w) at `size`, or as it is where that is no smaller."""
+    if size[0] >= image.shape[1] and size[1] >= image.shape[2]:
         return image
     return F.interpolate(
         image[None], size=size, mode="bilinear", align_corners=False, antialias=True
