@@ -102,21 +102,27 @@ def test_tensorboard_has_its_pictures_and_tables(run: Path) -> None:
     events = EventAccumulator(str(run / "tensorboard"))
     events.Reload()
     for name in ("segmentation", "class_iou"):
-        assert [event.step for event in events.Images(name)] == [2, 4, 6], name
+        assert [event.step for event in events.Images(name)] == [1, 3, 5], name
+    for name in ("val/miou", "iou/sky"):
+        assert [event.step for event in events.Scalars(name)] == [1, 3, 5], name
     tables = events.Tensors("classes/text_summary")
-    assert [event.step for event in tables] == [2, 4, 6]
+    assert [event.step for event in tables] == [1, 3, 5]
     assert all(name in tables[-1].tensor_proto.string_val[0].decode() for name in CLASSES)
 
 
 def test_evaluate_repeats_the_runs_validation_with_each_class(run: Path) -> None:
     metrics = beit.evaluate(last(run))
-    logged = [row for row in read_metrics(run / "metrics.csv") if row.get("val/miou")][-1]
+    found = [row for row in read_metrics(run / "metrics.csv") if row["step"] == "5"]
+    logged = {key: value for row in found for key, value in row.items() if value}
     for key in ("val/miou", "val/mean_acc", "val/pixel_acc"):
         assert metrics[key] == pytest.approx(float(logged[key]), rel=1e-5)
     rows = metrics["per_class"]
     assert [row["class"] for row in rows] == CLASSES
     there = [row["iou"] for row in rows if row["iou"] is not None]
     assert metrics["val/miou"] == pytest.approx(np.mean(there), abs=1e-5)
+    for row in rows:
+        if row["iou"] is not None:
+            assert float(logged[f"iou/{row['class']}"]) == pytest.approx(row["iou"], abs=1e-5)
     with (run / "classes.csv").open() as file:
         written = list(csv.DictReader(file))
     for row, text in zip(rows, written, strict=True):
@@ -235,17 +241,17 @@ def test_whole_images_where_the_model_is_told_to_take_any(
 def test_evaluate_takes_the_classes_by_number_and_says_so(
     run: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with pytest.raises(UserError, match="'sky', and of the data 'ground': .* checkpoint's order"):
+    with pytest.raises(UserError, match=r"'sky', and of the data 'ground': .* checkpoint's order"):
         beit.evaluate(last(run), "data.classes=[ground,sky,thing,nothing]")
     assert "by their numbers" not in caplog.text
     beit.evaluate(last(run), "data.classes=[sky,ground,stone,nothing]")
     assert "class 2 of the checkpoint is 'thing', and of the data 'stone'" in caplog.text
-    with pytest.raises(UserError, match="num_classes 4: the data set has 3 classes .*give as many"):
+    with pytest.raises(UserError, match=r"num_classes 4: .* has 3 classes .*give as many"):
         beit.evaluate(last(run), "data.classes=[sky,ground,thing]", "data.ids.palette=auto")
 
 
 def test_evaluate_refuses_words_that_nothing_would_read(run: Path, runs: Path) -> None:
-    with pytest.raises(UserError, match="inference=whole: .*of task classification, has no inf"):
+    with pytest.raises(UserError, match=r"inference=whole: .*of task classification, has no inf"):
         beit.evaluate(last(runs / "finetune"), "inference=whole")
     for folder, task in ((run, "segmentation"), (runs / "finetune", "classification")):
         with pytest.raises(UserError, match=f"the checkpoint is of task {task}"):
@@ -308,6 +314,16 @@ def test_what_validation_cannot_do_is_told_before_there_is_a_run(
     with pytest.raises(UserError, match=said):
         beit.train(*WORDS, f"paths.data_dir={pictures}", f"paths.runs_dir={tmp_path}/runs", *words)
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_that_never_validates_says_so(pictures: Path, tmp_path: Path) -> None:
+    for name, interval in (("never", 1.0), ("once", 1)):
+        words = [f"paths.data_dir={pictures}", f"paths.runs_dir={tmp_path}", f"name={name}"]
+        steps = ["trainer.max_steps=1", f"+trainer.val_check_interval={interval}"]
+        beit.train(*WORDS, *words, *steps)
+        log = (tmp_path / name / "train.log").read_text()
+        assert ("no validation was due within the run's 1 steps" in log) == (name == "never")
+        assert (tmp_path / name / "classes.csv").exists() == (name == "once")
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(run: Path, pictures: Path) -> None:

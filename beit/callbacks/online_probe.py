@@ -6,7 +6,7 @@ from typing import Any
 
 import lightning as L
 
-from beit.callbacks.pictures import undisturbed
+from beit.callbacks.pictures import logged_step, undisturbed
 from beit.checkpoints.loops import ends_plan
 from beit.data.labelled import LabelledData
 from beit.data.loading import LoaderSettings
@@ -125,7 +125,7 @@ class OnlineProbe(L.Callback):
         log.info("after epoch %d: %s", trainer.current_epoch + 1, ", ".join(told))
         for logger in trainer.loggers:
             # not by `log`: what is logged so would pass through checkpoints, and could choose them
-            step = max(trainer.global_step - 1, 0)  # as Lightning numbers the epoch's own
+            step = logged_step(trainer)
             logger.log_metrics({**metrics, "epoch": trainer.current_epoch}, step=step)
 
     def _reports(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Report]:

@@ -186,16 +186,20 @@ class TokenizerPictures(Pictures):
 
 def publish(trainer: L.Trainer, name: str, figure: Figure, folder: Path) -> None:
     """Write a figure as PNG into the folder, and into TensorBoard and W&B where they are."""
-    step = trainer.global_step
-    pixels = save_figure(figure, folder / f"{name}-step{step:07d}.png")
+    pixels = save_figure(figure, folder / f"{name}-step{trainer.global_step:07d}.png")
     for logger in trainer.loggers:
-        log_picture(logger, name, pixels, step)
+        log_picture(logger, name, pixels, logged_step(trainer))
 
 
 def publish_table(trainer: L.Trainer, name: str, rows: list[dict[str, Any]]) -> None:
     """Rows with the same keys into TensorBoard and W&B where they are."""
     for logger in trainer.loggers:
-        log_table(logger, name, rows, trainer.global_step)
+        log_table(logger, name, rows, logged_step(trainer))
+
+
+def logged_step(trainer: L.Trainer) -> int:
+    """The step that Lightning logs the latest metrics under, from 0: a resumed run keeps them."""
+    return max(trainer.global_step - 1, 0)
 
 
 def rows_over(batch: int, size: int, *, batches: int, count: int) -> list[int]:

@@ -34,6 +34,7 @@ class PlanCheck(L.Callback):
         self._images = 0  # of this rank, since the start
         self._faults: list[str] = []
         self._line = ""
+        self._validated = False
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._start, self._images = trainer.global_step, 0
@@ -52,6 +53,9 @@ class PlanCheck(L.Callback):
     ) -> None:
         self._images += len(batch.indices)
 
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._validated = self._validated or not trainer.sanity_checking
+
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         images = torch.tensor(self._images, device=pl_module.device)
         seen = int(sum_over_ranks(images))
@@ -68,6 +72,14 @@ class PlanCheck(L.Callback):
                 break
         since = f" since step {self._start}" if self._start else ""
         rate = max((group["lr"] for group in trainer.optimizers[0].param_groups), default=0.0)
+        has_images = trainer.datamodule.loaders.val_data is not None and trainer.limit_val_batches
+        begun_here = not (early or self._start)
+        if has_images and begun_here and not self._validated and trainer.is_global_zero:
+            log.warning(
+                "no validation was due within the run's %d steps: there are no val/ metrics and no "
+                "best checkpoint (+trainer.val_check_interval=N validates every N micro-batches)",
+                done,
+            )
         self._line = (
             f"{'stopped early' if early else 'as planned'}: {done} of {planned} optimizer steps, "
             f"{seen} images{since}, learning rate {rate:.3g} at the end"

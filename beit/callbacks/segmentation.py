@@ -12,7 +12,7 @@ from torch import Tensor
 
 from beit.callbacks.figures import Legend, bars
 from beit.callbacks.figures import Pictures as Pixels
-from beit.callbacks.pictures import Pictures, publish, publish_table
+from beit.callbacks.pictures import Pictures, logged_step, publish, publish_table
 from beit.data.batches import SegmentationBatch
 from beit.data.label_maps import IGNORED
 from beit.files import replace_text
@@ -60,6 +60,7 @@ class ClassTable(L.Callback):
     """Every class's IoU and accuracy of the latest validation, as `<folder>/classes.csv`.
 
     In TensorBoard (as text) and W&B the table as well; and as bars there and in `<folder>/figures`.
+    Each class's IoU over time is `iou/<class>` in every logger.
     Needs `task.scores` and `task.table`.
 
     Args:
@@ -82,6 +83,10 @@ class ClassTable(L.Callback):
         writer.writerows({"step": trainer.global_step, **row} for row in rows)
         self.folder.mkdir(parents=True, exist_ok=True)
         replace_text(self.folder / "classes.csv", text.getvalue())
+        scores = {f"iou/{row['class']}": row["iou"] for row in rows if row["iou"] is not None}
+        for logger in trainer.loggers:
+            # not by `log`: a checkpoint would hold them all, and the console show them
+            logger.log_metrics(scores | {"epoch": trainer.current_epoch}, step=logged_step(trainer))
         publish_table(trainer, "classes", rows)
         self._guard(self._draw, trainer, rows, task.scores.mean_iou)
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from beit.data.images import UnreadableImage
 from beit.data.segmentation_sources import SegmentationSource
+from beit.errors import UserError
 
 MOST_NAMED = 12
 
@@ -74,6 +75,15 @@ class ClassShares:
         lines.append(f"      {'(not counted)':<{width}}" + "".join(map(_percent, shares)))
         return "\n".join(lines)
 
+    def check(self) -> None:
+        """Raises UserError where no label map of training has a pixel that counts."""
+        of = self.counts.get("training")
+        if of is not None and of.maps == of.of and not of.classes.any():
+            raise UserError(
+                f"training: no pixel of {of.looked_at} has a class, all are ignored: see what "
+                "values the files hold, and data.ids.ignore, id_map and reduce_zero_label"
+            )
+
     def warnings(self) -> list[str]:
         """Classes that training never shows, and label maps in which nothing counts."""
         found = []
@@ -87,6 +97,11 @@ class ClassShares:
                     f"{role}: {len(never)} of {len(self.names)} classes do not occur in "
                     f"{of.looked_at}: {few}"
                 )
+                if len(self.names) == 2 and of.ignored:
+                    found[-1] += (
+                        "; of files that hold 0 and 255 say data.ids.ignore=[] "
+                        "data.ids.id_map='{0: 0, 255: 1}'"
+                    )
         return found
 
 

@@ -29,7 +29,8 @@ class LabelIds:
 
     Read as numbers: grey files of 1 to 16 bits, the indices of palette files, RGB files whose three
     channels are the same. Alpha is dropped. Other RGB files are refused, unless `colors` says what
-    number each colour stands for; then all RGB files are read by it.
+    number each colour stands for; then all RGB files are read by it, and palette files by the
+    colours of their palettes.
 
     Args:
         classes, palette: names and colours, see `class_sets.class_set`.
@@ -38,7 +39,7 @@ class LabelIds:
             be ignored, as in mmsegmentation. `ignore` are the values in the files, not one less.
         id_map: value in the file -> class; None: the values are the classes.
         unlisted: what becomes of a value that `id_map` does not list: "ignored" or "error".
-        colors: the colour [red, green, blue] that stands for 0, 1, 2, ... in RGB files.
+        colors: the colour [red, green, blue] that stands for 0, 1, 2, ... in files with colours.
 
     Raises:
         UserError: see `class_sets`; values that mean two things, or classes that do not exist.
@@ -65,6 +66,11 @@ class LabelIds:
         self._colors = [_packed(color) for color in checked_colours("colors", colors).tolist()]
         if len(set(self._colors)) < len(self._colors):
             raise UserError("colors: the same colour stands for two numbers")
+
+    @property
+    def by_color(self) -> bool:
+        """Whether colours stand for the numbers."""
+        return bool(self._colors)
 
     def _make_table(self) -> np.ndarray:
         """(MAX_ID + 1,) int16: the class of each value, IGNORED or _UNKNOWN."""
@@ -170,7 +176,8 @@ def read_label_map(file: str | Path | bytes, name: str, ids: LabelIds) -> LabelM
             kind, stretch = opened.format, _stretch(opened)
             decode(opened)
             ImageOps.exif_transpose(opened, in_place=True)
-            values = _values(opened)
+            by_color = ids.by_color and opened.mode in ("P", "PA")
+            values = _values(opened.convert("RGB") if by_color else opened)
     if kind == "JPEG":
         raise UserError(f"label map {name}: a JPEG, which does not keep numbers; save it as PNG")
     if isinstance(values, str):

@@ -93,6 +93,7 @@ class SegmentationData(ImageData):
             if source is not None
         }
         shares = ClassShares(self.classes or [], counts)
+        shares.check()
         log.info("%s", shares.table())
         for warning in shares.warnings():
             log.warning("%s", warning)

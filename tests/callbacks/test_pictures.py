@@ -134,7 +134,7 @@ def test_tensorboard_gets_the_picture(tmp_path, fit):
     fit(callbacks=[Watched(str(tmp_path / "f"), num_images=2)], logger=logger)
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
-    assert [event.step for event in events.Images("reconstructions")] == [4, 8]
+    assert [event.step for event in events.Images("reconstructions")] == [3, 7]
     pixels = Image.open(tmp_path / "f" / "reconstructions-step0000008.png")
     assert (events.Images("reconstructions")[1].width) == pixels.width
 

@@ -118,6 +118,12 @@ def test_colours():
     data = encoded(Image.fromarray(pixels))
     labels = read_label_map(data, "file", LabelIds(3, colors=table, ignore=3))
     assert labels.tolist() == [[-1, 0, 1], [2, 2, 1]]
+    # each file may have the colours in a palette of its own
+    palette = Image.fromarray(pixels).quantize(4)
+    assert read_label_map(encoded(palette), "file", LabelIds(4, colors=table)).tolist() == (
+        numbers.tolist()
+    )
+    assert np.asarray(palette).tolist() != numbers.tolist()
     # all grey, and read by its colours all the same
     grey = encoded(Image.fromarray(np.full((2, 2, 3), 64, dtype=np.uint8)))
     assert read_label_map(grey, "file", LabelIds(4, colors=table)).tolist() == [[3, 3], [3, 3]]

@@ -255,6 +255,24 @@ def test_classes_that_never_occur_are_warned_of(caplog):
     ]
 
 
+def test_nothing_but_ignored_pixels_is_refused_where_all_were_seen():
+    nothing = PixelCounts(np.zeros(3, dtype=np.int64), ignored=50, maps=9, of=9)
+    with pytest.raises(UserError, match="training: no pixel of all 9 label maps has a class"):
+        ClassShares(NAMES, {"training": nothing}).check()
+    ClassShares(NAMES, {"training": nothing._replace(maps=2), "validation": nothing}).check()
+    with pytest.raises(UserError, match="no pixel of all 30 label maps"):
+        data(Pairs(30, ids=LabelIds([*NAMES], ignore=[255, 9], id_map={77: 0}))).check(
+            world_size=1, accumulate=1
+        )
+
+
+def test_files_of_0_and_255_are_thought_of():
+    counts = PixelCounts(np.array([80, 0]), ignored=20, maps=9, of=9)
+    (told,) = ClassShares(["paper", "ink"], {"training": counts}).warnings()
+    assert told.startswith("training: 1 of 2 classes do not occur in all 9 label maps: ink; of fil")
+    assert told.endswith("say data.ids.ignore=[] data.ids.id_map='{0: 0, 255: 1}'")
+
+
 def test_nothing_but_ignored_pixels_is_warned_of():
     nothing = PixelCounts(np.zeros(3, dtype=np.int64), ignored=50, maps=2, of=9)
     shares = ClassShares(NAMES, {"training": nothing})
