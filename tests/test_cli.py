@@ -224,7 +224,7 @@ def test_predict_leaves_no_file_behind_a_mistake(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     classifier = ImageClassifier(torch.nn.Identity(), None, None)
-    monkeypatch.setattr("beit.predictor.open_predictor", lambda *_: classifier)
+    monkeypatch.setattr("beit.predictor.open_predictor", lambda *_, **__: classifier)
     words = ["predict", "checkpoint=x.safetensors", f"images={tmp_path}/none"]
     line = refused(monkeypatch, capsys, tmp_path, *words, f"output={tmp_path}/out.jsonl")
     assert "none" in line
