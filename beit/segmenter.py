@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from beit import config, networks
+from beit import config
 from beit.checkpoints.models import Checkpoint
 from beit.data.class_sets import checked_colours, voc_palette
 from beit.data.file_sources import find_images, open_image
@@ -21,14 +22,12 @@ from beit.errors import UserError
 from beit.files import explained, replace_text, replacing
 from beit.interop.convert import any_checkpoint
 from beit.interop.fields import Fields
+from beit.networks import network_of
 from beit.predictor import CPU, transform_of
 from beit.recorded import from_checkpoint
 
-CHANGED = (
-    "inference",
-    "views.eval",
-    "model.any_size",
-)  # what `predict` may change of a run's config
+# what `predict` may change of a run's config
+CHANGED = ("inference", "views.eval", "model.any_size")
 OPACITY = 0.5  # of the classes' colours over the image
 
 
@@ -84,14 +83,10 @@ class ImageSegmenter:
         for windows that the network does not take or that cannot fit into memory.
         """
         checkpoint = any_checkpoint(path, tell="nothing")
-        transform = transform_of(checkpoint)
         if changes:
-            cfg = from_checkpoint(path, _checked(changes))
-            model: Any = config.instantiate(cfg.task)
-            networks.load_children(model, checkpoint)
-            transform = config.instantiate(cfg.views.eval)
-        else:
-            model = networks.load_model(path)
+            changed = config.plain(from_checkpoint(path, _checked(changes)))
+            checkpoint = replace(checkpoint, config=changed)
+        transform, model = transform_of(checkpoint), network_of(checkpoint)
         model.check(device)
         normalize = Fields(checkpoint.config, checkpoint.path).inner("normalize")
         count: int = model.head.num_classes

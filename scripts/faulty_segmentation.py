@@ -204,7 +204,7 @@ NETWORK = (
         "auxiliary heads as heavy as the head",
         "tasks/segmentation",
         "tasks/test_segmentation",
-        ("total + self.auxiliary_weight * loss", "total + loss"),
+        ("total + self.auxiliary_weight * added", "total + added"),
     ),
     mutation(
         "auxiliary heads without an optimizer",

@@ -6,7 +6,7 @@ from typing import Any
 
 import lightning as L
 
-from beit.callbacks.pictures import logged_step, undisturbed
+from beit.callbacks.pictures import publish_metrics, undisturbed
 from beit.checkpoints.loops import ends_plan
 from beit.data.labelled import LabelledData
 from beit.data.loading import LoaderSettings
@@ -123,10 +123,7 @@ class OnlineProbe(L.Callback):
             metrics[f"probe/{name}_layer"] = float(report.summary["layer"])
         told = (f"{name} {value:.4g}" for name, value in metrics.items())
         log.info("after epoch %d: %s", trainer.current_epoch + 1, ", ".join(told))
-        for logger in trainer.loggers:
-            # not by `log`: what is logged so would pass through checkpoints, and could choose them
-            step = logged_step(trainer)
-            logger.log_metrics({**metrics, "epoch": trainer.current_epoch}, step=step)
+        publish_metrics(trainer, metrics)
 
     def _reports(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Report]:
         assert self._data is not None, "setup comes first"

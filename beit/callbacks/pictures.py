@@ -197,6 +197,15 @@ def publish_table(trainer: L.Trainer, name: str, rows: list[dict[str, Any]]) -> 
         log_table(logger, name, rows, logged_step(trainer))
 
 
+def publish_metrics(trainer: L.Trainer, metrics: dict[str, float]) -> None:
+    """Metrics of the epoch that ends into every logger, and into nothing else.
+
+    What a module logs by `log` passes through checkpoints too, and could choose them.
+    """
+    for logger in trainer.loggers:
+        logger.log_metrics(metrics | {"epoch": trainer.current_epoch}, step=logged_step(trainer))
+
+
 def logged_step(trainer: L.Trainer) -> int:
     """The step that Lightning logs the latest metrics under, from 0: a resumed run keeps them."""
     return max(trainer.global_step - 1, 0)

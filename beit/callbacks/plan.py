@@ -72,18 +72,21 @@ class PlanCheck(L.Callback):
                 break
         since = f" since step {self._start}" if self._start else ""
         rate = max((group["lr"] for group in trainer.optimizers[0].param_groups), default=0.0)
-        has_images = trainer.datamodule.loaders.val_data is not None and trainer.limit_val_batches
-        begun_here = not (early or self._start)
-        if has_images and begun_here and not self._validated and trainer.is_global_zero:
-            log.warning(
-                "no validation was due within the run's %d steps: there are no val/ metrics and no "
-                "best checkpoint (+trainer.val_check_interval=N validates every N micro-batches)",
-                done,
-            )
+        if not (early or self._start or self._validated):
+            self._warn_of_no_validation(trainer)
         self._line = (
             f"{'stopped early' if early else 'as planned'}: {done} of {planned} optimizer steps, "
             f"{seen} images{since}, learning rate {rate:.3g} at the end"
         )
+
+    def _warn_of_no_validation(self, trainer: L.Trainer) -> None:
+        has_images = trainer.datamodule.loaders.val_data is not None and trainer.limit_val_batches
+        if has_images and trainer.is_global_zero:
+            log.warning(
+                "no validation was due within the run's %d steps: there are no val/ metrics and no "
+                "best checkpoint (+trainer.val_check_interval=N validates every N micro-batches)",
+                trainer.global_step,
+            )
 
     def conclude(self) -> None:
         """Say what was found. Raises OffPlan where it is not the plan."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from beit.callbacks.figures import Legend, bars
 from beit.callbacks.figures import Pictures as Pixels
-from beit.callbacks.pictures import Pictures, logged_step, publish, publish_table
+from beit.callbacks.pictures import Pictures, publish, publish_metrics, publish_table
 from beit.data.batches import SegmentationBatch
 from beit.data.label_maps import IGNORED
 from beit.files import replace_text
@@ -84,9 +84,7 @@ class ClassTable(L.Callback):
         self.folder.mkdir(parents=True, exist_ok=True)
         replace_text(self.folder / "classes.csv", text.getvalue())
         scores = {f"iou/{row['class']}": row["iou"] for row in rows if row["iou"] is not None}
-        for logger in trainer.loggers:
-            # not by `log`: a checkpoint would hold them all, and the console show them
-            logger.log_metrics(scores | {"epoch": trainer.current_epoch}, step=logged_step(trainer))
+        publish_metrics(trainer, scores)
         publish_table(trainer, "classes", rows)
         self._guard(self._draw, trainer, rows, task.scores.mean_iou)
 

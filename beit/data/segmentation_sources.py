@@ -276,9 +276,6 @@ class PairsSubset(Subset):
         super().__init__(source, count=count, seed=seed)
         self.ids = source.ids
 
-    def load(self, index: int) -> tuple[Image.Image, LabelMap]:
-        return self.source.load(int(self.indices[index]))
-
     def label_map(self, index: int) -> LabelMap:
         return self.source.label_map(int(self.indices[index]))
 

@@ -111,8 +111,8 @@ class Segmentation(L.LightningModule):
         total = main
         for head in self.auxiliary:
             beside = resize(head(maps).float(), batch.labels.shape[1:])
-            loss = pixel_loss(beside, batch.labels, self.class_weights)
-            total = total + self.auxiliary_weight * loss
+            added = pixel_loss(beside, batch.labels, self.class_weights)
+            total = total + self.auxiliary_weight * added
         loss = self.average(self, total, batch.labels.numel(), batch_idx)
         with torch.no_grad():
             known = (batch.labels != IGNORED).sum().clamp(min=1)
