@@ -19,6 +19,7 @@ from beit.callbacks.metrics_file import read_metrics
 from beit.checkpoints.models import read_checkpoint
 from beit.errors import UserError
 from beit.evaluation.windows import MultiScale
+from beit.security import targets
 
 CLASSES = ["sky", "ground", "thing", "nothing"]  # the last one is never there
 COLOURS = np.array([[90, 160, 240], [120, 90, 40], [220, 30, 60]])
@@ -256,6 +257,18 @@ def test_evaluate_refuses_words_that_nothing_would_read(run: Path, runs: Path) -
     for folder, task in ((run, "segmentation"), (runs / "finetune", "classification")):
         with pytest.raises(UserError, match=f"the checkpoint is of task {task}"):
             beit.evaluate(last(folder), "task=segmentation")
+
+
+def test_predict_builds_networks_and_transforms_alone(
+    run: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However the run's config is changed, a stranger's file gets nothing else built."""
+    for allowed, left in (("NETWORKS", "network"), ("TRANSFORMS", "transform")):
+        with monkeypatch.context() as patch:
+            patch.setattr(targets, allowed, ("beit.nowhere.",))
+            for words in ([], ["inference=multiscale"]):
+                with pytest.raises(UserError, match=f"it is no part of a {left}"):
+                    beit.predict(last(run), pictures, *words, output=tmp_path)
 
 
 def test_predict_names_a_device_that_is_not_there(run: Path, tmp_path: Path) -> None:
