@@ -239,6 +239,16 @@ def test_whole_images_where_the_model_is_told_to_take_any(
     assert all("areas" in record for record in records)
 
 
+def test_two_processes_count_each_image_once(run: Path) -> None:
+    """Five images over two processes: the same scores and pixels, to the last digit."""
+    words = ["trainer=ddp_cpu", "trainer.precision=32-true", "batch.per_device=2"]
+    command = [sys.executable, "-m", "beit.cli", "evaluate", f"checkpoint={last(run)}", *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (line,) = (line for line in done.stdout.splitlines() if line.startswith("{"))
+    assert json.loads(line) == beit.evaluate(last(run))
+
+
 def test_evaluate_takes_the_classes_by_number_and_says_so(
     run: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
